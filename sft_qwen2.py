@@ -1,0 +1,1135 @@
+"""Supervised fine-tuning (SFT) of Qwen2 on query/answer JSONL: one script, read from top to bottom.
+
+    python sft_qwen2.py                                 # Qwen2-7B-Instruct on data/train.jsonl
+    python sft_qwen2.py data/tiny.json                  # the stand-in model, on any laptop
+    python sft_qwen2.py run.json --learning_rate 2e-5   # arguments from a file, flags on top
+
+A line of data is a conversation: {"query": "...", "answer": "..."}, optionally with "system", or
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
+Trained are the tokens of each answer and the <|im_end|> after it; all others only give context.
+
+One optimizer step is a set of rows. They are laid end to end, without padding, in micro-batches of
+at most `tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over
+the trained tokens of the step and divided by their number: how the set is cut into micro-batches
+changes memory and speed, never the result.
+
+Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key/value heads, D head
+size, V vocabulary.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attention
+from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
+ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
+GIB = 2**30
+GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
+STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
+LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+ROWS_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product
+NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as a sentence, exit code 1, no traceback."""
+
+
+# ---- Arguments ----------------------------------------------------------------------------------
+@dataclass
+class ScriptArguments:
+    """The arguments that transformers.TrainingArguments does not have."""
+
+    model_name_or_path: str = HfArg(default="Qwen/Qwen2-7B-Instruct", help="Hub name or folder.")
+    data_path: str = HfArg(default="data/", help="File, or folder with train.* and validation.*")
+    system_prompt: str = HfArg(
+        default="你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
+        help="System turn of rows that have none, and default of the exported chat template.",
+    )
+    max_len: int = HfArg(default=8192, help="Longest row in tokens, prompt and answer together.")
+    overflow_strategy: Literal["truncate", "drop", "error"] = HfArg(
+        default="truncate", help="A row over max_len loses its end, is left out, or stops the run."
+    )
+    tokens_per_forward: int | None = HfArg(
+        default=None, help="Memory knob. Default: per_device_train_batch_size x max_len."
+    )
+    skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
+    fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes a parameter.")
+    device_map: str = HfArg(default="auto", help="auto: layers by memory; or transformers' own.")
+    resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
+    dry_run: bool = HfArg(default=False, help="Do everything but load the model and train.")
+    gpus: str | None = HfArg(default=None, help="With --dry_run: plan for 4x80, or 2x80,1x40 GiB.")
+
+
+TRAINING_DEFAULTS = {
+    "output_dir": "./outputs",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 32,
+    "num_train_epochs": 1.0,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a share of all steps
+    "weight_decay": 0.003,
+    "logging_steps": 1,
+    "save_steps": 5,
+    "save_total_limit": 2,  # a checkpoint of the 7B with its optimizer takes 46 GB or more
+    "run_name": "qwen2-7B-sft",
+    "report_to": "wandb",
+    "gradient_checkpointing": True,
+    "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple:
+    """Return (ScriptArguments, TrainingArguments); one line and exit code 2 if they are wrong."""
+    classes = (ScriptArguments, transformers.TrainingArguments)
+    usage = "%(prog)s [arguments.json] [--flag value ...]"
+    parser = transformers.HfArgumentParser(classes, allow_abbrev=False, usage=usage)
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    parser.print_usage = lambda file=None: None  # an error is one line, without the usage
+    try:
+        if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
+            values = json.loads(Path(argv[0]).read_text(encoding="utf-8")).items()
+            values = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in values]
+            argv = [f"--{k}={v}" for k, v in values if v != "null"] + argv[1:]
+        args, training_args, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if args.device_map.startswith("{"):
+            args.device_map = json.loads(args.device_map)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]} (--help lists all)")
+    if training_args.bf16 or training_args.fp16:
+        parser.error("leave --bf16 and --fp16 out: the number format follows from the GPU")
+    if args.tokens_per_forward is None:
+        args.tokens_per_forward = training_args.per_device_train_batch_size * args.max_len
+    if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
+        parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
+    values = vars(args) | vars(training_args)
+    for name in ("max_len", "tokens_per_forward", *ROWS_PER_STEP):
+        if values[name] < 1:
+            parser.error(f"--{name} must be positive")
+    return args, training_args
+
+
+def rows_per_step(training_args) -> int:
+    """Return the rows of one optimizer step, of all processes together."""
+    sizes = [getattr(training_args, name) for name in ROWS_PER_STEP]
+    return math.prod(sizes) * training_args.world_size
+
+
+@contextlib.contextmanager
+def as_user_error(kinds, sentence: str):
+    """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
+    try:
+        yield
+    except kinds as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{sentence}: {cause}") from error
+
+
+# ---- Rows: what is read, and why a row is refused -----------------------------------------------
+def find_data_files(data_path: str) -> dict[str, Path]:
+    """Return {"train": file} and, if there is one, {"validation": file}; raises UserError."""
+    path, found = Path(data_path), {}
+    for split in ("train", "validation"):
+        files = [path] if split == "train" and path.is_file() else path.glob(f"{split}.*")
+        found[split] = [file for file in files if file.suffix in DATA_SUFFIXES]
+    if len(found["train"]) != 1 or len(found["validation"]) > 1:
+        wanted = f"be a file ({', '.join(DATA_SUFFIXES)}) or a folder with one named train.*"
+        raise UserError(f"{path}: must {wanted}, and at most one named validation.*")
+    return {split: files[0] for split, files in found.items() if files}
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """Yield (line or row number from 1, row); in the place of an unreadable row, what is wrong."""
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:  # as bytes only \n ends a line: texts may hold U+2028
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    yield number, parse_json(line)
+    elif path.suffix == ".csv":  # texts stay as they are written; an empty field is none
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                yield number, {key: value for key, value in row.items() if value}
+    else:
+        import datasets
+
+        options = {"data_files": str(path), "split": "train", "streaming": True}
+        for number, row in enumerate(datasets.load_dataset(path.suffix[1:], **options), 1):
+            yield number, {key: value for key, value in row.items() if value is not None}
+
+
+def parse_json(line: bytes) -> dict | str:
+    """Return the JSON object of a line, or what is wrong with it."""
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "begins with a byte order mark (BOM); save the file as UTF-8 without BOM"
+    try:
+        row = json.loads(line.decode(), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        return f"is broken JSON: {error.msg} at character {error.pos}"
+    except (ValueError, RecursionError) as error:
+        return f"is broken JSON or not UTF-8: {error}"
+    return row if isinstance(row, dict) else "is not a JSON object"
+
+
+def parse_row(row: dict | str, system_prompt: str) -> list[dict]:
+    """Return [{"role", "content"}, ...]: system, user, assistant, ...; or ValueError, why not."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    keys = {"system": "system", "query": "user", "answer": "assistant"}
+    turns = [{"role": keys[key], "content": row[key]} for key in keys if key in row]
+    turns = row.get("messages", turns)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('has "messages" that are not a list of {"role": ..., "content": ...}')
+    if not turns or turns[0].get("role") != "system":
+        turns = [{"role": "system", "content": system_prompt}, *turns]
+    roles = [turn.get("role") for turn in turns]
+    if len(roles) < 3 or roles[1:] != ["user", "assistant"] * (len(roles) // 2):
+        found = ", ".join(map(str, ["roles", *roles[1:]] if "messages" in row else row))
+        raise ValueError(
+            'wants "query" and "answer", or "messages" in which user and assistant alternate, '
+            f"assistant last; has {found[:80]!r}"  # as repr: nothing unprintable
+        )
+    for turn in turns:
+        role, text = turn["role"], turn.get("content")
+        if not isinstance(text, str):
+            raise ValueError(f"its {role} text is not a string")
+        if not text.strip() and role != "system":
+            raise ValueError(f"has an empty {role} text")
+        if NOT_TEXT.search(text):
+            raise ValueError(f"its {role} text has a NUL or half a surrogate pair")
+    return turns
+
+
+# ---- Encoding: which tokens are trained ---------------------------------------------------------
+def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
+    """Return {"input_ids": [T], "labels": [T]} of each conversation. With ^ under what is trained:
+
+    <|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
+                                                                                   ^^^^^^^^^^^
+    An answer is encoded apart from the "assistant\\n" before it, for there the model stands when it
+    begins to write. Control tokens spelled in a text are encoded as the plain characters they are:
+    no row can open or close a turn.
+    """
+    start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    turns = itertools.chain(*conversations)
+    texts = [("" if t["role"] == "assistant" else t["role"] + "\n") + t["content"] for t in turns]
+    options = {"add_special_tokens": False, "return_attention_mask": False}
+    options["split_special_tokens"] = True  # those in texts; those of turns are added below
+    newline, assistant, *encoded = tokenizer(["\n", "assistant\n", *texts], **options)["input_ids"]
+    encoded, examples = iter(encoded), []
+    for turns in conversations:
+        input_ids, labels = [], []
+        for turn in turns:
+            context, trained = [*newline, start] if input_ids else [start], [*next(encoded), end]
+            if turn["role"] == "assistant":
+                context += assistant
+            else:
+                context, trained = context + trained, []
+            input_ids += context + trained
+            labels += [IGNORE_INDEX] * len(context) + trained
+        examples.append({"input_ids": input_ids, "labels": labels})
+    return examples
+
+
+def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
+    """Return {"input_ids": [T], "labels": [T]} of one conversation, as encode_batch does."""
+    return encode_batch([messages], tokenizer)[0]
+
+
+def load_tokenizer(name_or_path: str, system_prompt: str):
+    """Return the tokenizer, with the trained system prompt as its chat template's default.
+
+    Raises UserError where the template renders a conversation differently than `encode`: the model
+    would be trained on one format and served with another.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+    texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
+    probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
+    rendered = tokenizer.chat_template and tokenizer.apply_chat_template(probe, return_dict=False)
+    if encode(probe, tokenizer)["input_ids"] + tokenizer.encode("\n") != rendered:
+        raise UserError(f"{name_or_path}: its chat template is not Qwen2's; choose a Qwen2 model")
+    turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
+    tokenizer.chat_template = (
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
+    )
+    return tokenizer
+
+
+def file_sha256(path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+
+
+def encode_file(path: Path, tokenizer, system_prompt: str):
+    """Return all rows as a datasets.Dataset on disk, encoded once and found again by content.
+
+    Columns: input_ids [T], labels [T], line (number in the file), error (why the row is refused, or
+    ""), num_tokens, num_answer_tokens, num_control_tokens (those spelled in the row's texts).
+    """
+    import datasets
+
+    control_tokens = tokenizer.all_special_tokens
+
+    def encoded_rows():
+        rows = read_rows(path)
+        while batch := list(itertools.islice(rows, ENCODE_BATCH)):
+            parsed = []
+            for line, row in batch:
+                try:
+                    parsed.append((line, parse_row(row, system_prompt), ""))
+                except ValueError as error:
+                    parsed.append((line, [], str(error)))  # no turns: no tokens
+            examples = encode_batch([turns for _, turns, _ in parsed], tokenizer)
+            for (line, turns, error), example in zip(parsed, examples):
+                text = "\n".join(turn["content"] for turn in turns)
+                yield {
+                    **example,
+                    "line": line,
+                    "error": error,
+                    "num_tokens": len(example["input_ids"]),
+                    "num_answer_tokens": len(example["labels"])
+                    - example["labels"].count(IGNORE_INDEX),
+                    "num_control_tokens": sum(text.count(token) for token in control_tokens),
+                }
+
+    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
+    features = {"input_ids": ids, "labels": ids, "line": number, "error": datasets.Value("string")}
+    features |= {f"num_{kind}tokens": number for kind in ("", "answer_", "control_")}
+    unreadable = (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError)
+    with as_user_error(unreadable, f"{path}: cannot be read or cached"):
+        if next(read_rows(path), None) is None:
+            raise UserError(f"{path}: is empty; write one JSON object a line")
+        vocabulary, script = tokenizer.backend_tokenizer.to_str(), file_sha256(__file__)
+        causes = file_sha256(path) + path.suffix + system_prompt + vocabulary + script
+        table = datasets.Dataset.from_generator(
+            encoded_rows,
+            features=datasets.Features(features),
+            fingerprint=hashlib.sha256(causes.encode()).hexdigest(),
+        )
+    return table.with_format("numpy")
+
+
+def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_rows: bool = False):
+    """Return the rows to train on, and counts {name: number} of rows and of answer tokens.
+
+    Rows read = trained + dropped + rejected, and answer tokens read = trained + cut + dropped. A
+    row whose answer begins behind max_len is dropped in any case: it has nothing to train.
+    """
+    lengths, answer_tokens = table["num_tokens"][:], table["num_answer_tokens"][:]
+    rejected, over = np.flatnonzero(lengths == 0), np.flatnonzero(lengths > max_len)
+    if len(rejected):
+        lines = [f"{path}:{row['line']}: {row['error']}" for row in table.select(rejected[:20])]
+        lines += ["..."] * (len(rejected) > len(lines))
+        report = "\n".join([*lines, f"{len(rejected)} of {len(table)} rows are refused"])
+        if not skip_bad_rows:
+            raise UserError(f"{report}; mend them, or train without them: --skip_bad_rows")
+        print(report, file=sys.stderr)
+    if overflow_strategy == "error" and len(over):
+        raise UserError(
+            f"{path}:{table[over[0]]['line']}: {lengths[over[0]]} tokens, and max_len is {max_len} "
+            f"({len(over)} such rows); raise --max_len or choose another --overflow_strategy"
+        )
+    kept = answer_tokens.copy()
+    for i in over:
+        labels = table[i]["labels"][:max_len]
+        kept[i] = (labels != IGNORE_INDEX).sum() if overflow_strategy == "truncate" else 0
+    trained = kept > 0
+    if not trained.any():
+        raise UserError(f"{path}: no answer begins within max_len {max_len}; raise --max_len")
+    counts = {
+        "rows_read": len(table),
+        "rows_trained": int(trained.sum()),
+        "rows_cut": int(trained[over].sum()),
+        "rows_dropped": int((~trained).sum()) - len(rejected),
+        "rows_rejected": len(rejected),
+        "answer_tokens_read": int(answer_tokens.sum()),
+        "answer_tokens_trained": int(kept.sum()),
+        "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
+        "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
+        "tokens_read_in_training": int(lengths[trained].clip(max=max_len).sum()),
+        "control_tokens": int(table["num_control_tokens"][:].sum()),
+    }
+    rows = table if trained.all() else table.select(np.flatnonzero(trained))
+    return rows.select_columns(["input_ids", "labels", "line", "num_tokens"]), counts
+
+
+def write_rejected(table, path: Path, file) -> None:
+    """Write each refused row to a JSONL file: where it stands, why it is refused, and its text."""
+    rejected = table.select(np.flatnonzero(table["num_tokens"][:] == 0))
+    errors = {int(row["line"]): str(row["error"]) for row in rejected}
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, row in enumerate(lines, 1) if path.suffix == ".jsonl" else read_rows(path):
+            if number in errors:
+                about = {"file": str(path), "line": number, "error": errors[number], "row": row}
+                file.write(json.dumps(about, ensure_ascii=False, default=str) + "\n")
+
+
+def paint(row: dict, tokenizer, color: bool) -> str:
+    """Return a row's text with its trained tokens marked: in green, or in brackets."""
+    on, off = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
+    text = ""
+    edges = np.flatnonzero(np.diff(row["labels"] != IGNORE_INDEX)) + 1
+    for i, part in enumerate(np.split(row["input_ids"], edges)):  # context, trained, context, ...
+        text += on + tokenizer.decode(part) + off if i % 2 else tokenizer.decode(part)
+    return text
+
+
+# ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
+def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
+    """Return row numbers in bins of at most tokens_per_forward tokens, by first-fit decreasing.
+
+    A longer row has a bin of its own. There are a multiple of `multiple_of` bins, the number of
+    processes, since all must run the same number of forward passes: the fullest are split for it.
+    """
+    bins, free = [], []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        at = next((b for b, room in enumerate(free) if lengths[row] <= room), len(bins))
+        if at == len(bins):
+            bins.append([])
+            free.append(tokens_per_forward)
+        bins[at].append(row)
+        free[at] -= lengths[row]
+    while len(bins) % multiple_of:
+        fullest = max(bins, key=lambda rows: (len(rows) > 1, sum(lengths[row] for row in rows)))
+        bins.append(fullest[1::2])  # empty where there are fewer rows than processes
+        fullest[:] = fullest[::2]
+    return bins
+
+
+def flatten(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Return a micro-batch: the (input_ids, labels) of rows laid end to end, or an untrained token.
+
+    input_ids, position_ids, shift_labels [1, T]: a row's positions begin at 0, and shift_labels[t]
+    is the token that position t is to predict, or -100. cu_seq_lens [rows + 1]: the boundaries.
+    """
+
+    def lay(arrays):
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))[None]
+
+    rows = rows or [(np.zeros(1), np.full(1, IGNORE_INDEX))]
+    seq_lens = [len(input_ids) for input_ids, _ in rows]
+    return {
+        "input_ids": lay([input_ids for input_ids, _ in rows]),
+        "position_ids": lay([np.arange(length) for length in seq_lens]),
+        "shift_labels": lay([np.append(labels[1:], IGNORE_INDEX) for _, labels in rows]),
+        "cu_seq_lens": torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=torch.int32),
+        "seq_lens": seq_lens,
+    }
+
+
+def collate(rows: list[dict], max_len: int, tokens_per_forward: int, rank: int = 0, world: int = 1):
+    """Return (this process's micro-batches of a step's rows, trained tokens of the whole step).
+
+    Every process reads all rows of the step and takes its share of the bins: each knows the divisor
+    of the loss and the number of forward passes without a word between them.
+    """
+    rows = [(row["input_ids"][:max_len], row["labels"][:max_len]) for row in rows]
+    bins = bin_rows([len(input_ids) for input_ids, _ in rows], tokens_per_forward, world)
+    trained_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in rows)
+    return [flatten([rows[i] for i in b]) for b in bins[rank::world]], trained_tokens
+
+
+# ---- Model: attention inside each row, loss at trained positions --------------------------------
+def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=None, **kwargs):
+    """Causal attention of queries [1, H, T, D] on keys and values [1, K, T, D], row by row.
+
+    FlashAttention's kernel for rows of many lengths, where PyTorch has it for the GPU and dtype;
+    elsewhere one call a row. Without seq_lens, as in generation, transformers' own sdpa. Returns
+    ([1, T, H, D], None), as transformers.AttentionInterface asks.
+    """
+    if seq_lens is None:
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+    options = {"scale": kwargs["scaling"], "enable_gqa": True}
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast left them fp32
+    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if ampere and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds = (cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens))
+        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options)[None], None
+    if query.is_cuda and not ampere:  # their fused kernel wants a key and a value per query head
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    rows = zip(*(x.split(seq_lens, dim=2) for x in (query, key, value)))
+    outputs = [scaled_dot_product_attention(*row, is_causal=True, **options) for row in rows]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+class AnswerLoss:
+    """Put before transformers.Qwen2ForCausalLM by load_model: the loss of a micro-batch."""
+
+    def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, **kwargs):
+        """Return {"loss": cross entropy summed over the trained tokens / num_items_in_batch}.
+
+        Only the N of T hidden states that have a target meet the head, in chunks: [N, V] logits
+        never exist at once. Without shift_labels this is transformers' forward.
+        """
+        if shift_labels is None:
+            return super().forward(input_ids, **kwargs)
+        mask = {"full_attention": None}  # row_attention keeps rows apart without one
+        output = self.model(input_ids, attention_mask=mask, use_cache=False, **kwargs)
+        head = self.lm_head.weight
+        shift_labels = shift_labels.to(head.device)
+        trained = shift_labels != IGNORE_INDEX
+        hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
+        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
+        options = torch.nn.LinearCrossEntropyOptions(**chunks)
+        loss = linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+        return {"loss": loss / num_items_in_batch}
+
+
+def check_model(name_or_path: str, dry_run: bool):
+    """Return the model's config; raises UserError where the model cannot be trained here."""
+    default = ScriptArguments.model_name_or_path
+    if name_or_path == default and not (dry_run or torch.cuda.is_available()):
+        raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
+    remedy = f"hf download {default} --local-dir qwen2-7b, then --model_name_or_path qwen2-7b"
+    with as_user_error((OSError, ValueError), f"{name_or_path}: no such model; {remedy}"):
+        config = transformers.AutoConfig.from_pretrained(name_or_path)
+    if config.model_type != "qwen2" or config.use_sliding_window:
+        raise UserError(f"{name_or_path}: is not a Qwen2 or Qwen2.5 model with full attention")
+    return config
+
+
+def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
+    """Return the checkpoint as a Qwen2ForCausalLM with AnswerLoss and row_attention."""
+    transformers.AttentionInterface.register("row_attention", row_attention)
+    masks = transformers.AttentionMaskInterface
+    masks.register("row_attention", masks()["sdpa"])  # for generation
+    bases = (AnswerLoss, transformers.Qwen2ForCausalLM)  # here: importing models takes seconds
+    return type("Qwen2ForCausalLM", bases, {}).from_pretrained(
+        name_or_path, dtype=dtype, device_map=device_map, attn_implementation="row_attention"
+    )
+
+
+# ---- Precision and placement --------------------------------------------------------------------
+class Precision(NamedTuple):
+    weights: torch.dtype
+    compute: str  # bf16, fp16 or fp32
+    optim: str
+    bytes_per_parameter: float  # of weight, gradient and AdamW state
+    reason: str
+
+
+def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> Precision:
+    """Return the number formats for a GPU's compute capability (None: no GPU).
+
+    bf16 weights need stochastic rounding: most updates of AdamW at a learning rate of 1e-5 are less
+    than half a bf16 step, and plain rounding loses them. fp16 always has fp32 weights behind it.
+    (torch.cuda.is_bf16_supported is no guide: it counts the V100's emulation.)
+    """
+    if capability is None:
+        return Precision(torch.float32, "fp32", "adamw_torch_fused", 16, "no GPU")
+    gpu = "compute capability {}.{}".format(*capability)
+    compute = "bf16" if capability >= (8, 0) else "fp16"
+    if fp32 or world_size > 1:
+        reason = f"{gpu}, {'--fp32' if fp32 else 'sharded'}"
+        return Precision(torch.float32, compute, "adamw_torch_fused", 16, reason)
+    weights = torch.bfloat16 if compute == "bf16" else torch.float32
+    size = 2 * weights.itemsize + STATE_8BIT
+    return Precision(weights, compute, "adamw_torch_8bit", size, gpu)
+
+
+def step_memory(config, tokens: int, precision: Precision) -> dict[str, float]:
+    """Return the bytes of an "embedding", a "layer", a "head" and the "work" of a micro-batch.
+
+    A GPU's peak is "work" once, and the parts it holds (traced: benchmarks/memory.py).
+    """
+    weights, bytes_per_parameter = precision.weights.itemsize, precision.bytes_per_parameter
+    compute = 4 if precision.compute == "fp32" else 2
+    hidden, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    casts = compute if compute < weights else 0  # autocast's copies, for the time of a layer
+    matrices = hidden * (2 * hidden + 2 * kv + 3 * wide)  # q and o, k and v, gate, up and down
+    parameters = matrices + 3 * hidden + 2 * kv  # and two norms, three biases
+    # Alive when a layer, computed again, is halfway back through its MLP: gate, up, silu(gate), and
+    # the gradients of their product, of silu and of up; k and v; of the hidden size, inputs of both
+    # blocks, rotated q and attention output, both norms' fp32 input and result, and gradients.
+    norms = 2 * weights + (8 if weights == 2 else 4)  # in fp32, one input is the checkpoint itself
+    per_token = 6 * wide * compute + 2 * kv * compute
+    per_token += hidden * (4 * compute + norms + weights + casts)
+    work = tokens * per_token + matrices * casts
+    # The loss: gradient of the head, a chunk of logits (in bf16: fp32 ones and two copies), and at
+    # most every position's last state, normed and picked, with its gradient.
+    table = vocab * hidden * weights
+    logits = min(LOSS_CHUNK, tokens) * vocab * (8 if weights == 2 else 4)
+    loss = table + logits + tokens * hidden * (4 * weights + 4)
+    tied = table if config.tie_word_embeddings else 0  # its gradient waits for the embedding's
+    tables = vocab * hidden * (1 if tied else 2)
+    return {
+        "embedding": vocab * hidden * bytes_per_parameter + max(0, table - work),
+        "layer": parameters * bytes_per_parameter + tokens * hidden * weights,  # its checkpoint
+        "head": (0 if tied else vocab * hidden) * bytes_per_parameter + max(tied, loss - work),
+        "work": work,
+        "parameters": parameters * config.num_hidden_layers + tables + hidden,
+    }
+
+
+def split_layers(costs: list[float], capacities: list[float], fixed: float = 0) -> list[int]:
+    """Return each item's GPU, in order, so that the largest (costs + fixed) / capacity is least.
+
+    A GPU may get none.
+    """
+
+    @functools.cache
+    def best(first: int, gpu: int) -> tuple[float, list[int]]:  # of items and GPUs from these on
+        if gpu == len(capacities):
+            return (math.inf if first < len(costs) else 0), []
+        options = []
+        for end in range(first, len(costs) + 1):
+            load = (sum(costs[first:end]) + fixed) / capacities[gpu] if end > first else 0
+            rest_load, rest = best(end, gpu + 1)
+            options.append((max(load, rest_load), [gpu] * (end - first) + rest))
+        return min(options)
+
+    return best(0, 0)[1]
+
+
+def place(config, tokens: int, precision: Precision, capacities: list[float], world_size: int = 1):
+    """Return (device map, bytes needed on each GPU): whole layers in order, as even as can be.
+
+    Of several processes each has its share of the parameters, and all layers' activations.
+    """
+    parts = step_memory(config, tokens, precision)
+    costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
+    if world_size > 1:
+        sharded = parts["parameters"] * precision.bytes_per_parameter * (1 - 1 / world_size)
+        return None, [sum(costs) + parts["work"] - sharded] * world_size
+    if config.tie_word_embeddings:  # the head is the embedding, and stays with it
+        costs[0] += costs.pop()
+    gpus = split_layers(costs, capacities, parts["work"])
+    loads = [parts["work"] * (gpu in gpus) for gpu in range(len(capacities))]
+    for gpu, cost in zip(gpus, costs):
+        loads[gpu] += cost
+    layers = {f"model.layers.{i}": gpus[i + 1] for i in range(config.num_hidden_layers)}
+    head = gpus[0] if config.tie_word_embeddings else gpus[-1]
+    begin = {"model.rotary_emb": gpus[0], "model.embed_tokens": gpus[0]}
+    return {**begin, **layers, "model.norm": gpus[-1], "lm_head": head}, loads
+
+
+def plan_memory(config, args, precision: Precision, capacities: list, longest: int, world: int):
+    """Return the device map and print what each device will hold; raises UserError if too much."""
+
+    def fits(tokens, capacities, world, precision=precision):
+        loads = place(config, tokens, precision, capacities, world)[1]
+        return all(load <= 0.95 * room for load, room in zip(loads, capacities))  # 5 %: CUDA itself
+
+    budget, n_gpu = args.tokens_per_forward, len(capacities)
+    device_map, loads = place(config, budget, precision, capacities, world)
+    for gpu, (load, room) in enumerate(zip(loads, capacities)):
+        parts = [part for part, at in (device_map or {}).items() if at == gpu]
+        held = f" ({parts[gpu == 0]} to {parts[-1]})" if n_gpu > 1 and parts else ""
+        print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
+    if fits(budget, capacities, world):
+        if n_gpu > world == 1:
+            print(f"devices    take turns; at once: torchrun --nproc_per_node {n_gpu} sft_qwen2.py")
+        return device_map if torch.cuda.is_available() else None
+    if not torch.cuda.is_available() and not args.gpus:
+        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
+    less = [n for n in (budget >> i for i in range(1, 16)) if n >= longest]
+    more = {n: capacities[:1] * n for n in range(2, 65)}
+    split = [n for n, same in more.items() if fits(budget, same, 1)]
+    fp32 = precision._replace(weights=torch.float32, bytes_per_parameter=16)
+    sharded = [n for n, same in more.items() if fits(longest, same, n, fp32)]
+    ways = [f"--tokens_per_forward {n}" for n in less if fits(n, capacities, world)][:1]
+    ways += [f"{n} such GPUs" for n in split[:1]]
+    least = f"with --tokens_per_forward {longest}"
+    ways += [f"torchrun --nproc_per_node {n} {least}" for n in sharded[:1]]
+    capability = (8, 0) if precision.compute == "bf16" else (7, 0)
+    if args.fp32 and fits(budget, capacities, 1, choose_precision(capability, 1, False)):
+        ways.append("one process without --fp32")
+    raise UserError(f"too little memory; what would fit: {'; '.join(ways) or 'a smaller model'}")
+
+
+# ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
+class StepTrainer:
+    """Put before transformers.Trainer by build_trainer: a batch is the rows of a whole step."""
+
+    bar = None
+    signal = 0  # the number of the one that came
+    num_tokens = bad_norms = 0  # tokens trained on; steps without a finite gradient in a row
+
+    def get_train_dataloader(self):
+        """Return the loader of steps: lists of rows, shuffled by the seed and the epoch."""
+        from accelerate.data_loader import prepare_data_loader
+
+        options = {"batch_size": rows_per_step(self.args), "shuffle": True, "collate_fn": list}
+        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
+        # "1 process": else accelerate deals out the rows itself, and repeats some to fill a step.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        options = {"use_seedable_sampler": True, "data_seed": seed}
+        return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
+
+    def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
+        script, args = self.script_args, self.args
+        share = (args.process_index, args.world_size)
+        batches, trained_tokens = collate(rows, script.max_len, script.tokens_per_forward, *share)
+        return [self._prepare_inputs(batch) for batch in batches], trained_tokens
+
+    def training_step(self, model, rows, num_items_in_batch=None):
+        """Run the step's micro-batches and return its loss; out of memory, again with less at once.
+
+        The divisor of the loss is the trained tokens of all processes. Processes average gradients
+        and losses, so each multiplies its part by their number.
+        """
+        model.train()
+        while True:
+            batches, trained_tokens = self.micro_batches(rows)
+            loss_sum = torch.zeros((), device=self.args.device)
+            try:
+                for i, batch in enumerate(batches, 1):
+                    last = i == len(batches)
+                    with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                        divisor = trained_tokens / self.args.world_size
+                        loss = model(**batch, num_items_in_batch=divisor)["loss"]
+                        self.accelerator.backward(loss)
+                    loss_sum += loss.detach().to(loss_sum.device)
+                break
+            except torch.OutOfMemoryError:
+                self.lower_budget(batches)
+            loss = None  # and with it the activations that it holds
+            model.zero_grad()
+            torch.cuda.empty_cache()
+        step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
+        if not math.isfinite(step_loss) or step_loss == 0:
+            raise self.broken_step(f"its loss is {step_loss}", rows)
+        self.control.should_training_stop |= self.agreed_signal() > 0
+        self.rows = rows
+        self.num_tokens += sum(len(row["input_ids"][: self.script_args.max_len]) for row in rows)
+        return loss_sum
+
+    def agreed_signal(self) -> int:
+        """Return the signal that any process got, or 0: all must stop after the same step."""
+        number = torch.tensor(self.signal, device=self.args.device)
+        return int(self.accelerator.gather(number).max())
+
+    def lower_budget(self, batches: list[dict]) -> None:
+        """Halve tokens_per_forward; raises UserError where that cannot help or others would not."""
+        largest = max((batch["seq_lens"] for batch in batches), key=sum)
+        tokens, half = sum(largest), sum(largest) // 2
+        if len(largest) == 1:
+            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
+        if self.args.world_size > 1:
+            raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
+        print(f"memory     {tokens} tokens are too many for one forward pass; now at most {half}")
+        self.script_args.tokens_per_forward = half
+        self.log({"tokens_per_forward": half})
+
+    def _clip_grad_norm(self, model):
+        """Clip as Trainer does, and stop before NaN gradients reach the weights."""
+        norm = super()._clip_grad_norm(model)
+        self.bad_norms = 0 if np.isfinite(float(norm)) else self.bad_norms + 1
+        # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
+        if self.bad_norms > (20 if self.args.fp16 else 0):
+            raise self.broken_step(f"its gradient norm is {float(norm)}", self.rows)
+        return norm
+
+    def broken_step(self, what: str, rows) -> UserError:
+        lines = ", ".join(f"{self.train_file}:{row['line']}" for row in rows)
+        return UserError(
+            f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
+            f"weights; checkpoints are as they were, nothing is exported. Its rows: {lines}"
+        )
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Save a checkpoint aside and rename it once it is on disk: it is whole, or not there."""
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        aside, error = output_dir / "unfinished", None
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # every process writes a part
+        self.args.output_dir = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as caught:  # each library has its own for a full disk; training can go on
+            error = caught
+        self.args.output_dir = str(output_dir)
+        failed = torch.tensor(float(error is not None), device=self.args.device)
+        failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
+        if self.args.should_save and not failed:
+            try:
+                for path in aside.rglob("*.*"):
+                    with open(path, "rb+") as file:
+                        os.fsync(file.fileno())
+                os.replace(aside / name, output_dir / name)
+                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+            except OSError as caught:
+                error = caught
+        if error:
+            print(f"{name} could not be saved; earlier ones are whole: {error}", flush=True)
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer's own count is of padded batches
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
+        rows, loss_sum, token_sum = iter(eval_dataset or self.eval_dataset), 0.0, 0
+        self.model.eval()
+        while step := list(itertools.islice(rows, self.args.per_device_train_batch_size)):
+            batches, trained_tokens = self.micro_batches(step)
+            token_sum += trained_tokens
+            with torch.no_grad(), self.accelerator.autocast():
+                loss_sum += sum(self.model(**batch)["loss"].item() for batch in batches)
+        loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict, start_time=None) -> None:
+        """Report to wandb and others, to output_dir/metrics.jsonl and, of a step, on screen."""
+        if "loss" in logs:
+            now, (before, num_tokens) = time.time(), self.last_log
+            self.last_log = (now, self.num_tokens)
+            logs["tokens_per_s"] = round((self.num_tokens - num_tokens) / (now - before))
+        try:
+            super().log(logs, start_time)
+        except Exception as error:  # wandb's, of whatever kind: a report must not cost the run
+            print(f"wandb      lost step {self.state.global_step}: {error}", flush=True)
+        if not self.is_world_process_zero():
+            return
+        step, steps = self.state.global_step, self.state.max_steps
+        try:
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **logs}) + "\n")
+        except OSError as error:  # a full disk; the next line may have room again
+            print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
+        if "loss" in logs and sys.stderr.isatty():
+            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
+            self.bar.set_postfix({k: f"{logs[k]:.4g}" for k in ("loss", "tokens_per_s")})
+            self.bar.update(step - self.bar.n)
+        elif "loss" in logs:  # a bar would fill a log file
+            names = ("loss", "grad_norm", "learning_rate", "tokens_per_s")
+            shown = "  ".join(f"{name} {logs[name]:.4g}" for name in names if name in logs)
+            print(f"step {step}/{steps}  {shown}", flush=True)
+
+
+def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision: Precision):
+    """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
+    import accelerate
+
+    rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
+    own_optim = training_args.optim != transformers.TrainingArguments.optim  # the user's --optim
+    eight_bit = rounded and not own_optim
+    sharded = training_args.world_size > 1 and torch.cuda.is_available()
+    own_step = rows_per_step(training_args) // training_args.world_size
+    args = dataclasses.replace(
+        training_args,
+        per_device_train_batch_size=own_step,  # for Trainer, a step is one large batch
+        gradient_accumulation_steps=1,
+        max_grad_norm=training_args.max_grad_norm or math.inf,  # 0: not clipped, but checked
+        bf16=precision.compute == "bf16" and not rounded,
+        fp16=precision.compute == "fp16",
+        optim=training_args.optim if own_optim else precision.optim,
+        optim_args="bf16_stochastic_round=True" if eight_bit else training_args.optim_args,
+        fsdp=sharded or training_args.fsdp,  # weights, gradients and state shared out (FSDP2)
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
+    datasets = {"train_dataset": rows["train"], "eval_dataset": rows.get("validation")}
+    trainer_class = type("SFTTrainer", (StepTrainer, transformers.Trainer), {})
+    trainer = trainer_class(model, args, data_collator=list, processing_class=tokenizer, **datasets)
+    for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
+        trainer.remove_callback(callback)  # StepTrainer.log shows the steps
+    # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
+    trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
+    trainer.script_args, trainer.last_log = script_args, (time.time(), 0)
+    return trainer
+
+
+def answer_samples(model, tokenizer, prompts: list[list[dict]]) -> list[str]:
+    """Return the model's greedy answer to each prompt, itself a conversation that waits for one."""
+    chat = transformers.pipeline("text-generation", model=model.eval(), tokenizer=tokenizer)
+    length = {"max_new_tokens": SAMPLE_TOKENS, "max_length": None, "return_full_text": False}
+    return [chat(prompt, do_sample=False, **length)[0]["generated_text"] for prompt in prompts]
+
+
+# ---- The run ------------------------------------------------------------------------------------
+def quiet_libraries() -> None:
+    """Leave the console to what the user must know; what fails still raises."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Of kernels for other machines, and of each try to reach the hub.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def find_devices(gpus: str | None) -> tuple[list[float], tuple[int, int] | None]:
+    """Return the free bytes of each device to plan for, and their least compute capability."""
+    if gpus:
+        groups = [group.split("x") for group in gpus.split(",")]
+        capacities = [int(gib) * GIB for number, gib in groups for _ in range(int(number))]
+        return capacities, (8, 0) if min(capacities) > 32 * GIB else (7, 0)  # 32 GiB: a V100
+    if torch.cuda.is_available():
+        ids = range(torch.cuda.device_count())
+        capability = min(torch.cuda.get_device_capability(i) for i in ids)
+        return [torch.cuda.mem_get_info(i)[0] for i in ids], capability
+    return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], None
+
+
+def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> None:
+    """Print how many optimizer steps there will be, and the forward passes of one."""
+    rows, budget = rows_per_step(training_args), args.tokens_per_forward
+    steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
+    steps = training_args.max_steps if training_args.max_steps > 0 else steps
+    sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
+    passes = len(bin_rows(sample, budget, training_args.world_size))
+    print(f"steps      {steps} of {rows} rows, {passes} or so forward passes of {budget} tokens")
+
+
+def plan_disk(config, precision: Precision, args: ScriptArguments, training_args) -> None:
+    """Print what checkpoints and export take; raises UserError where the disk cannot hold them."""
+    parameters = step_memory(config, 1, precision)["parameters"]
+    weights = parameters * precision.weights.itemsize
+    checkpoint = parameters * precision.bytes_per_parameter - weights  # gradients are not saved
+    kept = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 2) + 1
+    folder = Path(training_args.output_dir).resolve()
+    folder = next(place for place in (folder, *folder.parents) if place.exists())
+    needed, free = (weights + kept * checkpoint) / GIB, shutil.disk_usage(folder).free / GIB
+    print(f"disk       {needed:.1f} GiB for {kept} checkpoints and the export, {free:.1f} GiB free")
+    if needed > free and not args.gpus:  # with --gpus, it is the disk of another machine
+        raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
+
+
+def start_wandb(training_args) -> None:
+    """Start wandb, offline where there is no login or no answer: it must neither ask nor wait."""
+    if "wandb" not in training_args.report_to or training_args.process_index > 0:
+        return
+    import wandb
+
+    wanted = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    options = {"name": training_args.run_name, "dir": training_args.output_dir}
+    options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
+    options["settings"] = wandb.Settings(init_timeout=30, silent=True)
+    for mode in dict.fromkeys((wanted, "offline")):
+        try:
+            wandb.init(mode=mode, **options)
+            break
+        except Exception as error:  # whatever it is, it must not cost the run
+            print(f"wandb      not {mode}: {error}")
+    else:  # or Trainer would start it once more, and raise
+        training_args.report_to.remove("wandb")
+    if wandb.run and wandb.run.offline:
+        print(f"wandb      records offline; to upload: wandb sync {Path(wandb.run.dir).parent}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that, whatever happens, it is the old or the new one."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: str) -> str | None:
+    """Return the checkpoint to resume from, if any; write output_dir/run.json.
+
+    Raises UserError where a run would be overwritten, or continued on other terms.
+    """
+    output_dir = Path(training_args.output_dir)
+    record, metrics = output_dir / "run.json", output_dir / "metrics.jsonl"
+    names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
+    terms = {name: getattr(args, name) for name in names}
+    terms |= {"rows_per_step": rows_per_step(training_args), "seed": training_args.seed}
+    terms["data_sha256"] = data_sha256
+    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
+        raise UserError(f"{output_dir} holds a run: --resume continues it, --output_dir leaves it")
+    if checkpoint:
+        remedy = "put it back, or choose another --output_dir"
+        with as_user_error((OSError, ValueError, KeyError), f"{record}: cannot be read; {remedy}"):
+            old = json.loads(record.read_text(encoding="utf-8"))["terms"]
+            changes = [f"{k} was {old[k]!r} and is {v!r}" for k, v in terms.items() if old[k] != v]
+        if changes:
+            raise UserError(f"{output_dir} cannot be resumed: {'; '.join(changes)}")
+    if args.resume:
+        print(f"resume     from {checkpoint or 'the beginning: no checkpoint was saved yet'}")
+    # Without a shell, a machine that has no git would be an error.
+    options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    about = {
+        "terms": terms,
+        "counts": counts,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "arguments": vars(args),
+        "training_arguments": training_args.to_dict(),
+        "git": subprocess.run("git describe --always --dirty", **options).stdout.strip(),
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if training_args.should_save:  # one process for all
+        if metrics.exists():  # what was logged after the checkpoint will be logged again
+            step = int(checkpoint.rpartition("-")[2]) if checkpoint else -1
+            lines = [x for x in metrics.read_text().splitlines(True) if x.endswith("}\n")]
+            lines = [line for line in lines if json.loads(line)["step"] <= step]
+            replace_text(metrics, "".join(lines))
+        replace_text(record, json.dumps(about, indent=2, ensure_ascii=False))
+    return checkpoint
+
+
+def print_data(split: str, path: Path, counts: dict) -> None:
+    c = {name: f"{number:,}" for name, number in counts.items()}
+    rows = [f"{c['rows_' + name]} {name}" for name in ("trained", "dropped", "rejected")]
+    tokens = [f"{c['answer_tokens_' + name]} {name}" for name in ("trained", "cut", "dropped")]
+    print(f"{split:10} {path}: {c['rows_read']} rows = {' + '.join(rows)} ({c['rows_cut']} cut)")
+    print(f"{'':10} {c['answer_tokens_read']} answer tokens = {' + '.join(tokens)}")
+    if counts["control_tokens"]:
+        print(f"{'':10} {c['control_tokens']} control tokens spelled in texts stay plain text")
+
+
+def prepare(args: ScriptArguments, training_args):
+    """Return all that training needs, having read and checked all that can be wrong before it."""
+    config = check_model(args.model_name_or_path, args.dry_run)
+    files, tables, rows, counts = find_data_files(args.data_path), {}, {}, {}
+    with as_user_error(ValueError, "--system_prompt"):
+        parse_row({"query": "q", "answer": "a"}, args.system_prompt)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
+    for split, path in files.items():
+        tables[split] = encode_file(path, tokenizer, args.system_prompt)
+        limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
+        rows[split], counts[split] = fit_rows(tables[split], path, *limits)
+        print_data(split, path, counts[split])
+    lengths = rows["train"]["num_tokens"][:].clip(max=args.max_len)
+    shortest = rows["train"][int(lengths.argmin())]
+    shortest = {name: shortest[name][: args.max_len] for name in ("input_ids", "labels")}
+    print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
+    capacities, capability = find_devices(args.gpus)
+    world_size = training_args.world_size
+    precision = choose_precision(capability, world_size, args.fp32)
+    weights = str(precision.weights).removeprefix("torch.")
+    print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")
+    plan_steps(args, training_args, lengths)
+    device_map = plan_memory(config, args, precision, capacities, int(lengths.max()), world_size)
+    plan_disk(config, precision, args, training_args)
+    if args.dry_run:
+        return None
+    checkpoint = open_run(args, training_args, counts, file_sha256(files["train"]))
+    if args.skip_bad_rows:
+        with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
+            for split, table in tables.items():
+                write_rejected(table, files[split], file)
+    return files, rows, tokenizer, precision, device_map, checkpoint
+
+
+def run(args: ScriptArguments, training_args) -> int:
+    """Read, encode, train, export; return the exit code. Raises UserError."""
+    prepared = prepare(args, training_args)
+    if args.dry_run:
+        return 0
+    files, rows, tokenizer, precision, device_map, checkpoint = prepared
+    if args.device_map != "auto" and device_map:
+        device_map = args.device_map
+    model = load_model(args.model_name_or_path, precision.weights, device_map)
+    start_wandb(training_args)
+    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision)
+    trainer.train_file = files["train"]
+    if "validation" in rows:
+        lines = rows["validation"][:NUM_SAMPLES]["line"]
+        first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
+        prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
+        before = answer_samples(model, tokenizer, prompts)
+        if not checkpoint:
+            print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} before training", flush=True)
+    if stop_signal := train(trainer, checkpoint):
+        return 128 + stop_signal
+    if "validation" in rows:
+        print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} after training")
+        after = answer_samples(model, tokenizer, prompts)
+        for prompt, old, new in zip(prompts, before, after):
+            print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
+    model.config.use_cache = True  # Trainer turned it off; what is served needs it
+    failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
+    with as_user_error(Exception, failure):  # each library has its own for a full disk
+        trainer.save_model()
+    print(f"model      {training_args.output_dir}")
+    return 0
+
+
+def train(trainer, checkpoint: str | None) -> int:
+    """Train to the end and return 0, or to a SIGINT or SIGTERM, save, and return its number."""
+
+    def stop(number, frame):
+        trainer.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+        print(f"{signal.Signals(number).name}: saving after this step", flush=True)
+
+    trainer.last_log = (time.time(), trainer.num_tokens)  # evaluation is over
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
+    try:  # training_step mends its own want of memory, as far as tokens_per_forward can
+        with as_user_error(torch.OutOfMemoryError, f"the optimizer is out of memory; {remedy}"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if trainer.bar is not None:
+            trainer.bar.close()
+    if number := trainer.agreed_signal():
+        step = trainer.state.global_step
+        saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
+        if not saved.exists():
+            trainer._save_checkpoint(trainer.model)
+        where = "is saved; --resume continues from there" if saved.exists() else "is not saved"
+        if trainer.is_world_process_zero():
+            print(f"stopped    after step {step}, which {where}")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
+    quiet_libraries()
+    args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(args, training_args)
+    except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before training began: there is nothing to save
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Arguments, what is said to the user before a run, and the budgets of the source."""
+
+import ast
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+import sft_qwen2
+
+SCRIPTS = [path for path in (ROOT / "sft_qwen2.py", ROOT / "token_stats.py") if path.exists()]
+
+
+def parse(*argv):
+    return sft_qwen2.parse_arguments([str(arg) for arg in argv])
+
+
+def test_defaults_are_the_walk_throughs():
+    """Without arguments the run is the one the documentation walks through."""
+    args, training_args = parse()
+    expected = {
+        "model_name_or_path": "Qwen/Qwen2-7B-Instruct",
+        "system_prompt": "你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
+        "max_len": 8192,
+        "overflow_strategy": "truncate",
+        "tokens_per_forward": 4 * 8192,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    expected = {
+        "output_dir": "./outputs",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 32,
+        "num_train_epochs": 1.0,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.003,
+        "logging_steps": 1,
+        "save_steps": 5,
+        "save_total_limit": 2,
+        "run_name": "qwen2-7B-sft",
+        "report_to": ["wandb"],
+        "gradient_checkpointing": True,
+        "max_grad_norm": 1.0,
+    }
+    assert {name: getattr(training_args, name) for name in expected} == expected
+
+
+def test_flags_stand_above_the_file(tmp_path):
+    """Arguments come from a JSON file, and a flag overrides the file's value of that name."""
+    path = tmp_path / "run.json"
+    values = {"learning_rate": 2e-5, "max_len": 100, "gradient_checkpointing": False}
+    values |= {"system_prompt": "--own \"'\n", "report_to": "none", "warmup_steps": 7}
+    path.write_text(json.dumps(values))
+    args, training_args = parse(path, "--max_len", 50, "--per_device_train_batch_size", 2)
+    assert (args.max_len, args.tokens_per_forward) == (50, 100)
+    assert args.system_prompt == values["system_prompt"]
+    assert training_args.learning_rate == 2e-5 and training_args.warmup_steps == 7
+    assert training_args.gradient_checkpointing is False and training_args.report_to == []
+    assert training_args.save_steps == 5
+
+
+WRONG_FLAGS = {
+    "unknown flag": (["--learning_rat", "1"], "--learning_rat"),
+    "abbreviation": (["--max_l", "1"], "--max_l"),
+    "stray word": (["data"], "data"),
+    "not a number": (["--learning_rate", "fast"], "fast"),
+    "not an integer": (["--max_len", "1.5"], "1.5"),
+    "not a choice": (["--overflow_strategy", "wrap"], "wrap"),
+    "not transformers' choice": (["--save_strategy", "never"], "never"),
+    "no value": (["--max_len"], "--max_len"),
+    "refused by transformers": (["--warmup_steps", "-1"], "warmup_steps"),
+    "length of nothing": (["--max_len", "0"], "--max_len"),
+    "budget of nothing": (["--tokens_per_forward", "0"], "--tokens_per_forward"),
+    "number format": (["--bf16"], "bf16"),
+    "no such file": (["missing.json"], "missing.json"),
+}
+WRONG_FILES = {
+    "broken": "{",
+    "empty": "",
+    "a list": '["--max_len"]',
+    "unknown name": '{"max_length": 1}',
+    "wrong value": '{"max_len": "long"}',
+    "wrong type": '{"max_len": [1]}',
+    "not a choice": '{"overflow_strategy": true}',
+}
+
+
+def assert_one_line(result) -> str:
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.endswith("\n") and err.count("\n") == 1 and "error: " in err
+    return err
+
+
+@pytest.mark.parametrize("argv, word", WRONG_FLAGS.values(), ids=WRONG_FLAGS)
+def test_a_wrong_flag_is_one_line(argv, word, run_main):
+    """A wrong argument ends the run with exit code 2 and one line that names it."""
+    assert word in assert_one_line(run_main(*argv))
+
+
+@pytest.mark.parametrize("text", WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_wrong_file_of_arguments_is_one_line(text, run_main, tmp_path):
+    """A file of arguments that is broken or holds a wrong one is answered as a wrong flag is."""
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    assert_one_line(run_main(path))
+
+
+def test_help_shows_names_and_defaults(run_main):
+    """--help lists the script's own arguments with their defaults, and exits 0."""
+    code, out, err = run_main("--help")
+    assert (code, err) == (0, "")
+    for name in ("--max_len", "--overflow_strategy", "--tokens_per_forward", "--learning_rate"):
+        assert name in out
+    assert "8192" in out and "1e-05" in out
+
+
+def assert_sentence(result) -> str:
+    code, _, err = result
+    assert code == 1 and "Traceback" not in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_no_gpu_for_the_default_model(run_main):
+    """Without a GPU the 7B is refused at once, with the command that works here."""
+    begun = time.monotonic()
+    assert "python sft_qwen2.py data/tiny.json" in assert_sentence(run_main())
+    assert time.monotonic() - begun < 5
+
+
+def test_that_command_names_files_that_are_there():
+    """The arguments of the stand-in command exist, and are understood."""
+    args, _ = parse(ROOT / "data" / "tiny.json")
+    assert (ROOT / args.model_name_or_path / "model.safetensors").exists()
+    assert (ROOT / args.data_path / "train.jsonl").exists()
+
+
+def test_a_model_that_is_not_there(run_main, tmp_path):
+    """A model neither here nor on the hub is one sentence that says how to get one."""
+    for name in ("no-such/model", tmp_path / "missing", tmp_path):
+        argv = ["--model_name_or_path", name, "--data_path", ROOT / "data", "--report_to", "none"]
+        message = assert_sentence(run_main(*argv, "--output_dir", tmp_path / "outputs"))
+        assert str(name) in message and "download" in message
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"use_sliding_window": True}])
+def test_a_model_of_another_kind(config, run_main, tiny_model_dir, tmp_path):
+    """A checkpoint that is no Qwen2 with full attention is refused before data is read."""
+    whole = json.loads((tiny_model_dir / "config.json").read_text())
+    del whole["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(whole | config))
+    argv = ["--model_name_or_path", tmp_path, "--data_path", "missing", "--report_to", "none"]
+    assert "Qwen2" in assert_sentence(run_main(*argv))
+
+
+# ---- The process --------------------------------------------------------------------------------
+IMPORT = """
+import sys, logging, warnings
+before = (list(logging.root.handlers), list(warnings.filters), list(sys.argv))
+import sft_qwen2
+assert before[0::2] == (list(logging.root.handlers), list(sys.argv))
+heavy = [m for m in ("accelerate", "datasets", "wandb", "transformers.trainer") if m in sys.modules]
+assert not heavy, heavy
+"""
+
+
+def test_importing_has_no_effect(tmp_path):
+    """Importing the script prints and writes nothing, and loads neither Trainer nor accelerate."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    argv, options = [sys.executable, "-c", IMPORT], {"capture_output": True, "text": True}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, **options, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
+    """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
+    data = write_rows([{"query": "q", "answer": "a"}])
+    argv = ["--model_name_or_path", untied_model_dir, "--data_path", data, "--save_strategy", "no"]
+    argv = [sys.executable, ROOT / "sft_qwen2.py", *argv, "--output_dir", tmp_path / "outputs"]
+    env = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "TERM": "xterm"}
+    ours, terminal = pty.openpty()
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen([str(arg) for arg in argv], cwd=tmp_path, env=env, **streams)
+    os.close(terminal)
+    output = b""
+    try:
+        while block := os.read(ours, 65536):
+            output += block
+    except OSError:  # Linux's end of file at a terminal
+        pass
+    output = output.decode()
+    assert process.wait(timeout=60) == 0, output
+    assert "offline" in output and "wandb sync" in output
+    assert "(1) Create" not in output and "Enter your choice" not in output
+    assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
+    assert "\033[32ma<|im_end|>\033[0m" in output  # what is trained stands in green
+    assert "Traceback" not in output
+
+
+# ---- The source ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.name for path in SCRIPTS])
+def test_the_source_stays_readable(path):
+    """No function is over 50 lines, and no line over 100 columns that could be broken."""
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        assert len(line) <= 100 or " " not in line.strip(), f"{path.name}:{number}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"

@@ -1,0 +1,200 @@
+"""Count the tokens of training rows as sft_qwen2.py encodes them, to choose max_len beforehand.
+
+    python token_stats.py --data_path my_data/ --plot lengths.png
+
+A row's tokens are prompt + answer: answers and the <|im_end|> after each are trained. The encoded
+rows are cached for sft_qwen2.py. Only the tokenizer is loaded. Exit code 1: rows would be refused.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+
+import numpy as np
+
+SMALLEST_MAX_LEN = 512  # the first candidate; each next one is twice as long
+CHUNK = 100  # rows whose labels are in memory at once: each may be 100,000 tokens long
+SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
+LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
+BARS, BAR_WIDTH = 16, 56  # of the histogram: at most so many, so many columns long
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the arguments; those of the trainer only if given. Exit code 2 if wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    trainer, unset = parser.add_argument_group("as in sft_qwen2.py"), argparse.SUPPRESS
+    trainer.add_argument("--model_name_or_path", default=unset, help="hub name or folder")
+    trainer.add_argument("--data_path", default=unset, help="file, or folder with train.*")
+    trainer.add_argument("--system_prompt", default=unset, help="for rows that have none")
+    parser.add_argument("--plot", metavar="FILE", help="save the histogram: .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    return parser.parse_args(argv)
+
+
+def load_tokenizer(name: str, system_prompt: str):
+    """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
+    import sft_qwen2
+
+    try:
+        tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
+    except (OSError, ValueError) as error:
+        remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
+        raise sft_qwen2.UserError(f"{name}: no tokenizer, here or on the hub; {remedy}") from error
+    limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
+    with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
+        config = sft_qwen2.transformers.AutoConfig.from_pretrained(name)
+        limits.append(config.max_position_embeddings)
+    return tokenizer, int(min(limits))
+
+
+def count_losses(table, num_tokens: np.ndarray, max_lens: list[int]):
+    """Return the answer tokens behind each max_len, and each long row's first trained position."""
+    lost, first = np.zeros(len(max_lens), np.int64), np.zeros(len(table), np.int32)
+    over, labels = np.flatnonzero(num_tokens > max_lens[0]), table.select_columns(["labels"])
+    for rows in np.split(over, range(CHUNK, len(over), CHUNK)):
+        for row, row_labels in zip(rows, labels[rows]["labels"] if len(rows) else []):
+            trained = np.flatnonzero(row_labels >= 0)
+            first[row] = trained[0]
+            lost += len(trained) - np.searchsorted(trained, max_lens)
+    return lost.tolist(), first
+
+
+def compare_max_lens(table, num_tokens: np.ndarray, answer_tokens: int, limit: int) -> list[dict]:
+    """Return what each candidate max_len costs if longer rows are truncated; tokens as shares."""
+    from sft_qwen2 import TRAINING_DEFAULTS, bin_rows
+
+    batch = TRAINING_DEFAULTS["per_device_train_batch_size"]
+    rows_per_step = batch * TRAINING_DEFAULTS["gradient_accumulation_steps"]
+    max_lens, results = [SMALLEST_MAX_LEN], []
+    while max_lens[-1] < min(num_tokens.max(), limit):
+        max_lens.append(2 * max_lens[-1])
+    max_lens[-1] = min(max_lens[-1], limit)
+    lost, first = count_losses(table, num_tokens, max_lens)
+    for max_len, lost_tokens in zip(max_lens, lost):
+        over, no_answer = int((num_tokens > max_len).sum()), int((first >= max_len).sum())
+        trained = num_tokens[(num_tokens > 0) & (first < max_len)].clip(max=max_len)
+        rng, size = np.random.default_rng(0), min(rows_per_step, len(trained))
+        steps = [rng.choice(trained, size, replace=False).tolist() for _ in range(SAMPLED_STEPS)]
+        result = {"max_len": max_len, "rows_over": over, "answers_cut": over - no_answer}
+        result |= {"answers_lost": no_answer, "answer_tokens_lost": lost_tokens / answer_tokens}
+        result["steps_per_epoch"] = -(-len(trained) // rows_per_step)
+        passes = float(np.median([len(bin_rows(step, batch * max_len)) for step in steps]))
+        results.append(result | {"micro_batches_per_step": passes})
+    return results
+
+
+def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
+    """Return the smallest max_len that cuts nothing, or the model's limit, and why it is that."""
+    text = "{rows_over:,} rows cut, {answer_tokens_lost:.2%} of the answer tokens lost"
+    chosen, reason = results[-1], f"the smallest that cuts no row (longest: {longest:,})"
+    if chosen["rows_over"]:
+        reason = f"the most this model takes; longest row: {longest:,}; {text.format(**chosen)}"
+    elif len(results) > 1 and results[-2]["rows_over"] <= max(1, rows // 1000):
+        reason += f"; at {results[-2]['max_len']:,}: {text.format(**results[-2])}"
+    return chosen["max_len"], reason
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
+    import sft_qwen2
+
+    given = {name: x for name, x in vars(args).items() if name not in ("plot", "json")}
+    chosen = sft_qwen2.ScriptArguments(**given)
+    files, stats = sft_qwen2.find_data_files(chosen.data_path), {"files": {}, "refused_rows": []}
+    tokenizer, limit = load_tokenizer(chosen.model_name_or_path, chosen.system_prompt)
+    for split, path in reversed(files.items()):  # train last: what follows is about it
+        table = sft_qwen2.encode_file(path, tokenizer, chosen.system_prompt)
+        total = np.asarray(table["num_tokens"][:], np.int32)
+        bad, longest = np.flatnonzero(total == 0), int(total.max())
+        reasons = (f"{path}:{row['line']}: {row['error']}" for row in table.select(bad[:20]))
+        stats["refused_rows"][:0] = reasons
+        counts = {"rows": len(table) - len(bad), "refused": len(bad), "longest": longest}
+        counts["control_tokens"] = int(table["num_control_tokens"][:].sum())
+        stats["files"][split] = {"path": str(path), **counts}
+    if not longest:
+        return stats
+    answer, stats["tokens"] = np.asarray(table["num_answer_tokens"][:], np.int32), {}
+    for name, rows in {"total": total, "prompt": total - answer, "answer": answer}.items():
+        found = np.percentile(rows[total > 0], list(LEVELS.values()), method="higher").tolist()
+        stats["tokens"][name] = {"mean": round(float(rows[total > 0].mean()), 1)}
+        stats["tokens"][name] |= zip(LEVELS, found)
+    results = compare_max_lens(table, total, int(answer.sum(dtype=np.int64)), limit)
+    max_len, reason = suggest(results, len(table) - len(bad), longest)
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    command = shlex.join(["python", "sft_qwen2.py", *flags, "--max_len", str(max_len)])
+    stats["suggestion"] = {"max_len": max_len, "reason": reason, "command": command}
+    low, sizes = int(total[total > 0].min()), (n * 10**k for k in range(9) for n in (1, 2, 5))
+    size = next(size for size in sizes if longest - low < size * (BARS - 1))
+    edges = np.arange(low // size * size, longest + size + 1, size)
+    histogram = dict(edges=edges.tolist(), rows=np.histogram(total[total > 0], edges)[0].tolist())
+    return stats | {"max_lens": results, "histogram": histogram}
+
+
+def print_stats(stats: dict) -> None:
+    total, (edges, counts) = stats["tokens"]["total"], stats["histogram"].values()
+    print(f"最大长度 longest: {total['max']}\n最小长度 shortest: {total['min']}")
+    print(f"平均长度 mean: {total['mean']}\n")
+    print("tokens  " + "".join(f"{name:>10}" for name in total))
+    for part, found in stats["tokens"].items():
+        print(f"{part:8}" + "".join(f"{tokens:>10,}" for tokens in found.values()))
+    print("\nmax_len   rows over  answers cut  lost whole  tokens lost   steps  passes/step")
+    for result in stats["max_lens"]:
+        print("{:<8,}{:>11,}{:>13,}{:>12,}{:>13.2%}{:>8,}{:>13g}".format(*result.values()))
+    print("\nmax_len {max_len}: {reason}\n\n    {command}\n".format(**stats["suggestion"]))
+    for edge, rows in zip(edges, counts):
+        full, eighths = divmod(-(-rows * BAR_WIDTH * 8 // max(counts)), 8)
+        print(f"{edge:>9,} ┤{'█' * full}{' ▏▎▍▌▋▊▉'[eighths].strip()} {rows:,}")
+    for about in stats["files"].values():
+        text = "{path}: {rows} rows, longest {longest}, {control_tokens} control tokens in texts"
+        print(text.format(**about))
+
+
+def plot(stats: dict, file: str) -> None:
+    """Save the histogram as a picture; raises ImportError, OSError, ValueError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    axes, marks = figure.subplots(), {"max_len": stats["suggestion"]["max_len"]}
+    marks |= {name: stats["tokens"]["total"][name] for name in ("p50", "p99")}
+    axes.stairs(stats["histogram"]["rows"], stats["histogram"]["edges"], fill=True, color="skyblue")
+    for name, x in marks.items():
+        axes.axvline(x, color="black", linestyle="--")
+        axes.text(x, axes.get_ylim()[1], f"{name} {x:,} ", rotation=90, ha="right", va="top")
+    axes.set(xlabel="tokens of a row, prompt and answer together", ylabel="rows", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
+    args = parse_arguments(argv)
+    import sft_qwen2  # takes seconds, which --help need not wait for
+
+    sft_qwen2.quiet_libraries()
+    try:
+        stats = measure(args)
+    except KeyboardInterrupt:
+        return 130
+    except sft_qwen2.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(stats, indent=2, ensure_ascii=False))
+    elif "tokens" in stats:
+        print_stats(stats)
+    problems = stats["refused_rows"][:20]
+    if refused := sum(about["refused"] for about in stats["files"].values()):
+        problems.append(f"error: {refused:,} rows would be refused; mend them or --skip_bad_rows")
+    try:
+        if args.plot and "tokens" in stats:
+            plot(stats, args.plot)
+    except (ImportError, OSError, ValueError) as error:
+        problems.append(f"error: no {args.plot}: {error} (pip install matplotlib)")
+    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
