@@ -119,32 +119,41 @@ def stamp(path: Path) -> tuple | None:
         return None
 
 
-def wait_for_saves(pid: int, aside: Path, count: int) -> int | None:
-    """Wait until the count-th checkpoint begins to be written; return as wait() does."""
-    for _ in range(count):
+def wait_for_save(pid: int, aside: Path, rng: random.Random) -> int | None:
+    """Wait until a checkpoint is half written, and stop the run there; return as wait() does.
+
+    Which one and how many of its files are there is drawn. A stopped run cannot end its save, so
+    that what is seen then is what a kill will find.
+    """
+    for _ in range(rng.randint(1, 6)):
         before = stamp(aside)
         code = wait(pid, until=lambda before=before: stamp(aside) not in (None, before))
         if code is not None:
             return code
-    return None
+    files = rng.randint(0, 8)  # of about 10
+    while (code := wait(pid, until=lambda: count_files(aside) >= files)) is None:
+        os.kill(pid, signal.SIGSTOP)
+        if aside.exists():
+            return None
+        os.kill(pid, signal.SIGCONT)  # too late for this one
+    return code
+
+
+def count_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*")) if folder.exists() else -1
 
 
 def kill_once(argv: list[str], output_dir: Path, rng: random.Random, run_s=None) -> dict:
     """Start a run and kill it: within run_s, or inside a save if None; return what happened."""
     aside, log = output_dir / "unfinished", output_dir.with_suffix(".log")
     before, pid = stamp(aside), start(argv, log)
-    if run_s is None:
-        code = wait_for_saves(pid, aside, rng.randint(1, 6))
-        code = wait(pid, rng.uniform(0, 0.03)) if code is None else code
-    else:
-        code = wait(pid, rng.uniform(0, run_s))
+    code = wait_for_save(pid, aside, rng) if run_s is None else wait(pid, rng.uniform(0, run_s))
     if code is None:
         os.kill(pid, signal.SIGKILL)
         code = wait(pid)
     # A save removes its folder when it ends: one that is there, and new, was cut short.
     in_save = code == -signal.SIGKILL and stamp(aside) not in (None, before)
-    files = sum(path.is_file() for path in aside.rglob("*")) if in_save else 0
-    return {"code": code, "in_save": in_save, "files": files}
+    return {"code": code, "in_save": in_save, "files": count_files(aside) if in_save else 0}
 
 
 def losses(output_dir: Path) -> list[tuple]:
