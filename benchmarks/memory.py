@@ -124,8 +124,10 @@ def process_of(world: int):
         yield None
         return
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    yield torch.distributed.init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
-    torch.distributed.destroy_process_group()
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def shard(model, compute: str, mesh):
