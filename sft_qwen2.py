@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -36,6 +37,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,6 +55,7 @@ ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enou
 GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
 STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
@@ -109,13 +112,25 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
 }
 
+# Each process saves its share; one a machine reads the model's files, and hands out the weights.
+FSDP_CONFIG = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+
+
+def process_defaults(argv: list[str]) -> dict:
+    """Return the TrainingArguments of one of torchrun's processes: FSDP2 on GPUs, DDP on CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or any("--deepspeed" in flag for flag in argv):
+        return {}
+    if not torch.cuda.is_available():
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    return {"fsdp": True, "fsdp_config": FSDP_CONFIG}
+
 
 def parse_arguments(argv: list[str]) -> tuple:
     """Return (ScriptArguments, TrainingArguments); one line and exit code 2 if they are wrong."""
     classes = (ScriptArguments, transformers.TrainingArguments)
     usage = "%(prog)s [arguments.json] [--flag value ...]"
     parser = transformers.HfArgumentParser(classes, allow_abbrev=False, usage=usage)
-    parser.set_defaults(**TRAINING_DEFAULTS)
+    parser.set_defaults(**TRAINING_DEFAULTS, **process_defaults(argv))
     parser.print_usage = lambda file=None: None  # an error is one line, without the usage
     try:
         if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
@@ -496,26 +511,42 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+class AnswerHead(torch.nn.Linear):
+    """The output layer: with targets, their loss, for which [N, V] logits never exist at once.
+
+    A layer's own forward, so that hooks find it, which FSDP and device maps hang on layers.
+    """
+
+    def forward(self, hidden, targets=None):
+        """Return the sum of cross entropies of hidden [N, hidden] to targets [N]; or the logits."""
+        if targets is None:
+            return super().forward(hidden)
+        options = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
+        options = {"options": torch.nn.LinearCrossEntropyOptions(**options), "reduction": "sum"}
+        return linear_cross_entropy(hidden, self.weight, targets, **options)
+
+
 class AnswerLoss:
     """Put before transformers.Qwen2ForCausalLM by load_model: the loss of a micro-batch."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.__class__ = AnswerHead  # the layer stays as transformers has made it
 
     def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, **kwargs):
         """Return {"loss": cross entropy summed over the trained tokens / num_items_in_batch}.
 
-        Only the N of T hidden states that have a target meet the head, in chunks: [N, V] logits
-        never exist at once. Without shift_labels this is transformers' forward.
+        Of the T hidden states only the N that have a target meet the head. Without shift_labels
+        this is transformers' forward.
         """
         if shift_labels is None:
             return super().forward(input_ids, **kwargs)
         mask = {"full_attention": None}  # row_attention keeps rows apart without one
         output = self.model(input_ids, attention_mask=mask, use_cache=False, **kwargs)
-        head = self.lm_head.weight
-        shift_labels = shift_labels.to(head.device)
+        hidden = output.last_hidden_state
+        shift_labels = shift_labels.to(hidden.device)
         trained = shift_labels != IGNORE_INDEX
-        hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
-        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
-        options = torch.nn.LinearCrossEntropyOptions(**chunks)
-        loss = linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+        loss = self.lm_head(hidden[trained], shift_labels[trained])
         return {"loss": loss / num_items_in_batch}
 
 
@@ -719,8 +750,7 @@ class StepTrainer:
             loss_sum = torch.zeros((), device=self.args.device)
             try:
                 for i, batch in enumerate(batches, 1):
-                    last = i == len(batches)
-                    with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    with self.gradients_kept(model) if i < len(batches) else nullcontext():
                         divisor = trained_tokens / self.args.world_size
                         loss = model(**batch, num_items_in_batch=divisor)["loss"]
                         self.accelerator.backward(loss)
@@ -738,6 +768,13 @@ class StepTrainer:
         self.rows = rows
         self.num_tokens += sum(len(row["input_ids"][: self.script_args.max_len]) for row in rows)
         return loss_sum
+
+    def gradients_kept(self, model):
+        """Return a context in which backward leaves gradients where they are, for later ones.
+
+        With FSDP it exchanges them each time: kept, they would be whole, 4 bytes a parameter.
+        """
+        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def agreed_signal(self) -> int:
         """Return the signal that any process got, or 0: all must stop after the same step."""
@@ -776,31 +813,27 @@ class StepTrainer:
         """Save a checkpoint aside and rename it once it is on disk: it is whole, or not there."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside, error = output_dir / "unfinished", None
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # every process writes a part
         self.args.output_dir = str(aside)
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # every process writes a part
+            os.sync()
         except Exception as caught:  # each library has its own for a full disk; training can go on
             error = caught
+            print(f"{name} could not be saved; earlier ones are whole: {error}", file=sys.stderr)
         self.args.output_dir = str(output_dir)
         failed = torch.tensor(float(error is not None), device=self.args.device)
         failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
-        if self.args.should_save and not failed:
-            try:
-                for path in aside.rglob("*.*"):
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
+        if self.args.should_save:
+            if not failed:
                 os.replace(aside / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-            except OSError as caught:
-                error = caught
-        if error:
-            print(f"{name} could not be saved; earlier ones are whole: {error}", flush=True)
-        if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict and self.model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
+        super()._save(output_dir, state_dict)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count is of padded batches
@@ -817,6 +850,8 @@ class StepTrainer:
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
+        print(f"eval_loss  {loss_sum / token_sum:.4f} at step {self.state.global_step}", flush=True)
+        self.last_log = (time.time(), self.num_tokens)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -855,7 +890,6 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
     rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
     own_optim = training_args.optim != transformers.TrainingArguments.optim  # the user's --optim
     eight_bit = rounded and not own_optim
-    sharded = training_args.world_size > 1 and torch.cuda.is_available()
     own_step = rows_per_step(training_args) // training_args.world_size
     args = dataclasses.replace(
         training_args,
@@ -866,7 +900,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         fp16=precision.compute == "fp16",
         optim=training_args.optim if own_optim else precision.optim,
         optim_args="bf16_stochastic_round=True" if eight_bit else training_args.optim_args,
-        fsdp=sharded or training_args.fsdp,  # weights, gradients and state shared out (FSDP2)
+        eval_on_start="validation" in rows,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     datasets = {"train_dataset": rows["train"], "eval_dataset": rows.get("validation")}
@@ -876,6 +910,10 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
+    if trainer.is_fsdp_enabled:  # else half precision, for sums of gradients and for the loss too
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy
+        policy = policy(param_dtype=COMPUTE_DTYPES[precision.compute], reduce_dtype=torch.float32)
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     trainer.script_args, trainer.last_log = script_args, (time.time(), 0)
     return trainer
 
@@ -895,7 +933,7 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         transformers.utils.logging.disable_progress_bar()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -919,7 +957,8 @@ def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> Non
     steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
     steps = training_args.max_steps if training_args.max_steps > 0 else steps
     sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
-    passes = len(bin_rows(sample, budget, training_args.world_size))
+    world_size = training_args.world_size
+    passes = len(bin_rows(sample, budget, world_size)) // world_size
     print(f"steps      {steps} of {rows} rows, {passes} or so forward passes of {budget} tokens")
 
 
@@ -966,8 +1005,8 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: str) -> str | None:
-    """Return the checkpoint to resume from, if any; write output_dir/run.json.
+def open_run(args, training_args, precision: Precision, counts: dict, data_sha256: str):
+    """Return the path of the checkpoint to resume from, or None; write output_dir/run.json.
 
     Raises UserError where a run would be overwritten, or continued on other terms.
     """
@@ -976,7 +1015,8 @@ def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: st
     names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
     terms = {name: getattr(args, name) for name in names}
     terms |= {"rows_per_step": rows_per_step(training_args), "seed": training_args.seed}
-    terms["data_sha256"] = data_sha256
+    terms |= {"data_sha256": data_sha256, "weights": str(precision.weights)}
+    terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
         raise UserError(f"{output_dir} holds a run: --resume continues it, --output_dir leaves it")
@@ -1001,6 +1041,7 @@ def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: st
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     if training_args.should_save:  # one process for all
+        shutil.rmtree(output_dir / "unfinished", ignore_errors=True)  # a save that was killed
         if metrics.exists():  # what was logged after the checkpoint will be logged again
             step = int(checkpoint.rpartition("-")[2]) if checkpoint else -1
             lines = [x for x in metrics.read_text().splitlines(True) if x.endswith("}\n")]
@@ -1046,8 +1087,8 @@ def prepare(args: ScriptArguments, training_args):
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
-    checkpoint = open_run(args, training_args, counts, file_sha256(files["train"]))
-    if args.skip_bad_rows:
+    checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
+    if args.skip_bad_rows and training_args.should_save:
         with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
             for split, table in tables.items():
                 write_rejected(table, files[split], file)
@@ -1062,26 +1103,30 @@ def run(args: ScriptArguments, training_args) -> int:
     files, rows, tokenizer, precision, device_map, checkpoint = prepared
     if args.device_map != "auto" and device_map:
         device_map = args.device_map
+    if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, device_map)
     start_wandb(training_args)
     trainer = build_trainer(model, tokenizer, args, training_args, rows, precision)
     trainer.train_file = files["train"]
-    if "validation" in rows:
+    samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
+    if samples:
         lines = rows["validation"][:NUM_SAMPLES]["line"]
         first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
         prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
         before = answer_samples(model, tokenizer, prompts)
-        if not checkpoint:
-            print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} before training", flush=True)
     if stop_signal := train(trainer, checkpoint):
         return 128 + stop_signal
     if "validation" in rows:
-        print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} after training")
+        trainer.evaluate()
+    if samples:
         after = answer_samples(model, tokenizer, prompts)
         for prompt, old, new in zip(prompts, before, after):
             print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
     model.config.use_cache = True  # Trainer turned it off; what is served needs it
     failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
+    if training_args.fsdp:  # one ordinary model folder
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with as_user_error(Exception, failure):  # each library has its own for a full disk
         trainer.save_model()
     print(f"model      {training_args.output_dir}")
@@ -1096,7 +1141,6 @@ def train(trainer, checkpoint: str | None) -> int:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
         print(f"{signal.Signals(number).name}: saving after this step", flush=True)
 
-    trainer.last_log = (time.time(), trainer.num_tokens)  # evaluation is over
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
     try:  # training_step mends its own want of memory, as far as tokens_per_forward can
@@ -1122,10 +1166,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
     quiet_libraries()
     args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if training_args.process_index > 0:  # one process speaks for all, but each of its own mistake
+        sys.stdout = io.StringIO()
     try:
         return run(args, training_args)
     except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
-        print(f"error: {error}", file=sys.stderr)
+        rank = f" in process {training_args.process_index}" * (training_args.world_size > 1)
+        print(f"error{rank}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training began: there is nothing to save
         return 128 + signal.SIGINT
