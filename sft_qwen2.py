@@ -20,9 +20,11 @@ size, V vocabulary.
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -61,6 +63,10 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROWS_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product
+# FLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
+SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
+SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
 
 
@@ -511,43 +517,29 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-class AnswerHead(torch.nn.Linear):
-    """The output layer: with targets, their loss, for which [N, V] logits never exist at once.
-
-    A layer's own forward, so that hooks find it, which FSDP and device maps hang on layers.
-    """
-
-    def forward(self, hidden, targets=None):
-        """Return the sum of cross entropies of hidden [N, hidden] to targets [N]; or the logits."""
-        if targets is None:
-            return super().forward(hidden)
-        options = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
-        options = {"options": torch.nn.LinearCrossEntropyOptions(**options), "reduction": "sum"}
-        return linear_cross_entropy(hidden, self.weight, targets, **options)
-
-
 class AnswerLoss:
     """Put before transformers.Qwen2ForCausalLM by load_model: the loss of a micro-batch."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.lm_head.__class__ = AnswerHead  # the layer stays as transformers has made it
 
     def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, **kwargs):
         """Return {"loss": cross entropy summed over the trained tokens / num_items_in_batch}.
 
-        Of the T hidden states only the N that have a target meet the head. Without shift_labels
-        this is transformers' forward.
+        Only the N of T hidden states that have a target meet the head, in chunks: [N, V] logits
+        never exist at once. Without shift_labels this is transformers' forward.
         """
         if shift_labels is None:
             return super().forward(input_ids, **kwargs)
         mask = {"full_attention": None}  # row_attention keeps rows apart without one
         output = self.model(input_ids, attention_mask=mask, use_cache=False, **kwargs)
-        hidden = output.last_hidden_state
-        shift_labels = shift_labels.to(hidden.device)
+        head = self.lm_head.weight
+        shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
-        loss = self.lm_head(hidden[trained], shift_labels[trained])
-        return {"loss": loss / num_items_in_batch}
+        hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
+        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
+        options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
+        # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
+        options["reduction"] = "sum" if hidden.dtype == torch.float32 else "none"
+        losses = linear_cross_entropy(hidden, head, targets, **options)
+        return {"loss": losses.float().sum() / num_items_in_batch}
 
 
 def check_model(name_or_path: str, dry_run: bool):
@@ -719,7 +711,7 @@ class StepTrainer:
 
     bar = None
     signal = 0  # the number of the one that came
-    num_tokens = bad_norms = 0  # tokens trained on; steps without a finite gradient in a row
+    bad_norms = 0  # steps without a finite gradient in a row
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, shuffled by the seed and the epoch."""
@@ -766,7 +758,9 @@ class StepTrainer:
             raise self.broken_step(f"its loss is {step_loss}", rows)
         self.control.should_training_stop |= self.agreed_signal() > 0
         self.rows = rows
-        self.num_tokens += sum(len(row["input_ids"][: self.script_args.max_len]) for row in rows)
+        lengths = np.array([len(row["input_ids"][: self.script_args.max_len]) for row in rows])
+        flops = training_flops(self.model.config, self.num_parameters, lengths)
+        self.work += [lengths.sum(), trained_tokens, flops]
         return loss_sum
 
     def gradients_kept(self, model):
@@ -851,16 +845,14 @@ class StepTrainer:
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
         print(f"eval_loss  {loss_sum / token_sum:.4f} at step {self.state.global_step}", flush=True)
-        self.last_log = (time.time(), self.num_tokens)
+        self.last_log = (time.time(), self.state.global_step, self.work.copy())
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict, start_time=None) -> None:
         """Report to wandb and others, to output_dir/metrics.jsonl and, of a step, on screen."""
         if "loss" in logs:
-            now, (before, num_tokens) = time.time(), self.last_log
-            self.last_log = (now, self.num_tokens)
-            logs["tokens_per_s"] = round((self.num_tokens - num_tokens) / (now - before))
+            logs |= self.measure_speed()
         try:
             super().log(logs, start_time)
         except Exception as error:  # wandb's, of whatever kind: a report must not cost the run
@@ -873,14 +865,40 @@ class StepTrainer:
                 file.write(json.dumps({"step": step, **logs}) + "\n")
         except OSError as error:  # a full disk; the next line may have room again
             print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
+        shown = {name: f"{logs[name]:.5g}" for name in SHOWN if name in logs}
         if "loss" in logs and sys.stderr.isatty():
             self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
-            self.bar.set_postfix({k: f"{logs[k]:.4g}" for k in ("loss", "tokens_per_s")})
+            self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
-            names = ("loss", "grad_norm", "learning_rate", "tokens_per_s")
-            shown = "  ".join(f"{name} {logs[name]:.4g}" for name in names if name in logs)
-            print(f"step {step}/{steps}  {shown}", flush=True)
+            left = datetime.timedelta(seconds=round(logs["seconds_left"]))
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{steps}  {line}  left {left}", flush=True)
+
+    def measure_speed(self) -> dict[str, float]:
+        """Return what was done a second since the last log, and the share of the GPUs' peak."""
+        then, last_step, before = self.last_log
+        step, now = self.state.global_step, time.time()
+        self.last_log = (now, step, self.work.copy())
+        tokens, trained, flops = (self.work - before) / (now - then)
+        left = (self.state.max_steps - step) * (now - then) / (step - last_step)
+        speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
+        if torch.cuda.is_available():
+            name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
+            peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
+            speed["mfu"] = flops / (peak * self.args.world_size)
+            speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
+        return {**speed, "seconds_left": round(left)}
+
+
+def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
+    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
+
+    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
+    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
+    """
+    attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
+    return 6 * num_parameters * lengths.sum() + attention.sum()
 
 
 def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision: Precision):
@@ -914,7 +932,9 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         policy = torch.distributed.fsdp.MixedPrecisionPolicy
         policy = policy(param_dtype=COMPUTE_DTYPES[precision.compute], reduce_dtype=torch.float32)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    trainer.script_args, trainer.last_log = script_args, (time.time(), 0)
+    trainer.script_args, trainer.num_parameters = script_args, model.num_parameters()
+    trainer.work = np.zeros(3)  # tokens, trained tokens, FLOPs
+    trainer.last_log = (time.time(), 0, trainer.work.copy())
     return trainer
 
 
@@ -1129,8 +1149,29 @@ def run(args: ScriptArguments, training_args) -> int:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with as_user_error(Exception, failure):  # each library has its own for a full disk
         trainer.save_model()
-    print(f"model      {training_args.output_dir}")
+    print_results(Path(training_args.output_dir))
     return 0
+
+
+def print_results(output_dir: Path) -> None:
+    """Draw the losses, if matplotlib is installed, and print where everything is."""
+    logs = ["metrics.jsonl", "run.json"]
+    if importlib.util.find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        metrics = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
+        for name, style in (("loss", "-"), ("eval_loss", "o")):
+            points = [(log["step"], log[name]) for log in metrics if name in log]
+            axes.plot(*zip(*points), style, label=name)
+        axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
+        axes.legend()
+        figure.savefig(output_dir / "loss.png")
+        logs.append("loss.png")
+    print(f"logs       {output_dir}: {', '.join(logs)}")
+    print(f"model      {output_dir}")
+    print(f"serve      vllm serve {output_dir}")
 
 
 def train(trainer, checkpoint: str | None) -> int:

@@ -97,11 +97,9 @@ def test_any_number_of_processes_trains_the_same(runs, run, reference):
 
 
 def test_sharded_layers_in_bf16(runs):
-    """Losses are bf16's, as near as its 8 bits: sums of gradients and loss stay fp32."""
-    np.testing.assert_allclose(losses(runs / "sharded-bf16"), losses(runs / "one"), rtol=3e-3)
+    """Layers are rounded to 8 bits; the loss and sums of gradients are not."""
+    np.testing.assert_allclose(losses(runs / "sharded-bf16"), losses(runs / "one"), rtol=5e-4)
     assert losses(runs / "sharded-bf16") != losses(runs / "sharded")
-    rounded = torch.tensor(losses(runs / "sharded-bf16"))
-    assert not torch.equal(rounded.bfloat16().float(), rounded)
     assert {tensor.dtype for tensor in weights(runs / "sharded-bf16").values()} == {torch.float32}
 
 
@@ -129,7 +127,7 @@ def test_one_process_speaks_and_each_row_is_encoded_once(runs):
 def test_every_process_runs_its_share_of_the_forward_passes(runs):
     logs = [(runs / name / "log-0").read_text() for name in ("one", "four")]
     one, four = (int(re.search(r"(\d+) or so forward passes", log)[1]) for log in logs)
-    assert one > 4 and four == -(-one // 4)
+    assert one >= 4 and four == -(-one // 4)
 
 
 def test_shards_are_resumed_by_any_number_of_processes(runs, tiny_model_dir, tmp_path):
