@@ -865,7 +865,8 @@ class StepTrainer:
                 file.write(json.dumps({"step": step, **logs}) + "\n")
         except OSError as error:  # a full disk; the next line may have room again
             print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
-        shown = {name: f"{logs[name]:.5g}" for name in SHOWN if name in logs}
+        values = {name: logs[name] for name in SHOWN if name in logs}
+        shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and sys.stderr.isatty():
             self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
             self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})

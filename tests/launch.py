@@ -6,6 +6,7 @@ The jobs run one after another, each of its processes with a log in the job's fo
 exit codes of each job's processes as JSON. A "sharded" job's trainer believes that its devices are
 GPUs, where accelerate gives in to --fsdp; on a CPU it falls back to DDP without a word. "compute"
 is the number format of its layers. Each process counts the rows it encodes in encoded-RANK.
+A "gradients" job runs no script: it saves loss and gradients of a step, by fully_shard if several.
 """
 
 import json
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import accelerate
 import datasets  # noqa: F401
+import numpy as np
 import torch
 import transformers
 
@@ -59,6 +61,37 @@ def count_encoded(path: Path) -> None:
     sft_qwen2.encode_batch = counting
 
 
+def save_gradients(job: dict, rank: int) -> int:
+    """Save the loss and the whole gradients of one step to the job's folder; return 0."""
+    from torch.distributed.fsdp import fully_shard
+
+    world, model_dir = job["world"], job["gradients"]
+    torch.distributed.init_process_group("gloo")
+    model = sft_qwen2.load_model(model_dir, torch.float32).train()
+    model.gradient_checkpointing_enable()
+    if world > 1:
+        for module in (*model.model.layers, model):
+            fully_shard(module)
+    data = Path(__file__).resolve().parents[1] / "data" / "train.jsonl"
+    tokenizer = sft_qwen2.load_tokenizer(model_dir, "Be brief.")
+    turns = [sft_qwen2.parse_row(row, "Be brief.") for _, row in sft_qwen2.read_rows(data)][:16]
+    rows = [sft_qwen2.encode(conversation, tokenizer) for conversation in turns]
+    rows = [{name: np.array(ids) for name, ids in row.items()} for row in rows]
+    batches, trained_tokens = sft_qwen2.collate(rows, 2048, 700, rank, world)
+    loss_sum = torch.zeros(())
+    for batch in batches:
+        loss = model(**batch, num_items_in_batch=trained_tokens / world)["loss"]
+        loss.backward()
+        loss_sum += loss.detach() / world
+    torch.distributed.all_reduce(loss_sum)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if world > 1:
+        grads = {name: grad.full_tensor() for name, grad in grads.items()}
+    if rank == 0:
+        torch.save({"loss": loss_sum, "passes": len(batches), **grads}, f"{job['folder']}/step.pt")
+    return 0
+
+
 def start(job: dict, rank: int, port: int) -> int:
     """Fork one process of the job; return its id."""
     if pid := os.fork():
@@ -74,7 +107,10 @@ def start(job: dict, rank: int, port: int) -> int:
         if job.get("sharded"):
             shard_on_cpu(job.get("compute", "fp32"))
         count_encoded(Path(job["folder"], f"encoded-{rank}"))
-        code = sft_qwen2.main(job["argv"])
+        run = (
+            save_gradients if "gradients" in job else lambda job, rank: sft_qwen2.main(job["argv"])
+        )
+        code = run(job, rank)
     except SystemExit as stop:
         code = stop.code
     except BaseException:

@@ -130,6 +130,20 @@ def test_every_process_runs_its_share_of_the_forward_passes(runs):
     assert one >= 4 and four == -(-one // 4)
 
 
+@pytest.mark.parametrize("model", ["tiny_model_dir", "untied_model_dir"])
+def test_gradients_of_shards_are_those_of_one_process(model, request, tmp_path):
+    """The model's forward under fully_shard, with gradient checkpointing."""
+    model_dir, jobs = str(request.getfixturevalue(model)), []
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        jobs.append({"world": world, "folder": str(folder), "gradients": model_dir})
+    assert launch(jobs, tmp_path / "cache") == [[0], [0, 0]], (tmp_path / "2/log-0").read_text()
+    alone, shards = (torch.load(tmp_path / str(world) / "step.pt") for world in (1, 2))
+    assert alone.pop("passes") > shards.pop("passes") > 1
+    torch.testing.assert_close(shards, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_shards_are_resumed_by_any_number_of_processes(runs, tiny_model_dir, tmp_path):
     jobs = [
         make_job(tmp_path / "two", tiny_model_dir, 2, sharded=True, resume=True),
