@@ -21,7 +21,6 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -51,14 +50,14 @@ from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attenti
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+import memory_plan
+from memory_plan import GIB, GPUS, LOSS_CHUNK
+
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
 ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
-GIB = 2**30
-GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
 STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -594,115 +593,41 @@ def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> P
     return Precision(weights, compute, "adamw_torch_8bit", size, gpu)
 
 
-def step_memory(config, tokens: int, precision: Precision) -> dict[str, float]:
-    """Return the bytes of an "embedding", a "layer", a "head" and the "work" of a micro-batch.
-
-    A GPU's peak is "work" once, and the parts it holds (traced: benchmarks/memory.py).
-    """
-    weights, bytes_per_parameter = precision.weights.itemsize, precision.bytes_per_parameter
-    compute = 4 if precision.compute == "fp32" else 2
-    hidden, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    casts = compute if compute < weights else 0  # autocast's copies, for the time of a layer
-    matrices = hidden * (2 * hidden + 2 * kv + 3 * wide)  # q and o, k and v, gate, up and down
-    parameters = matrices + 3 * hidden + 2 * kv  # and two norms, three biases
-    # Alive when a layer, computed again, is halfway back through its MLP: gate, up, silu(gate), and
-    # the gradients of their product, of silu and of up; k and v; of the hidden size, inputs of both
-    # blocks, rotated q and attention output, both norms' fp32 input and result, and gradients.
-    norms = 2 * weights + (8 if weights == 2 else 4)  # in fp32, one input is the checkpoint itself
-    per_token = 6 * wide * compute + 2 * kv * compute
-    per_token += hidden * (4 * compute + norms + weights + casts)
-    work = tokens * per_token + matrices * casts
-    # The loss: gradient of the head, a chunk of logits (in bf16: fp32 ones and two copies), and at
-    # most every position's last state, normed and picked, with its gradient.
-    table = vocab * hidden * weights
-    logits = min(LOSS_CHUNK, tokens) * vocab * (8 if weights == 2 else 4)
-    loss = table + logits + tokens * hidden * (4 * weights + 4)
-    tied = table if config.tie_word_embeddings else 0  # its gradient waits for the embedding's
-    tables = vocab * hidden * (1 if tied else 2)
-    return {
-        "embedding": vocab * hidden * bytes_per_parameter + max(0, table - work),
-        "layer": parameters * bytes_per_parameter + tokens * hidden * weights,  # its checkpoint
-        "head": (0 if tied else vocab * hidden) * bytes_per_parameter + max(tied, loss - work),
-        "work": work,
-        "parameters": parameters * config.num_hidden_layers + tables + hidden,
-    }
-
-
-def split_layers(costs: list[float], capacities: list[float], fixed: float = 0) -> list[int]:
-    """Return each item's GPU, in order, so that the largest (costs + fixed) / capacity is least.
-
-    A GPU may get none.
-    """
-
-    @functools.cache
-    def best(first: int, gpu: int) -> tuple[float, list[int]]:  # of items and GPUs from these on
-        if gpu == len(capacities):
-            return (math.inf if first < len(costs) else 0), []
-        options = []
-        for end in range(first, len(costs) + 1):
-            load = (sum(costs[first:end]) + fixed) / capacities[gpu] if end > first else 0
-            rest_load, rest = best(end, gpu + 1)
-            options.append((max(load, rest_load), [gpu] * (end - first) + rest))
-        return min(options)
-
-    return best(0, 0)[1]
-
-
-def place(config, tokens: int, precision: Precision, capacities: list[float], world_size: int = 1):
-    """Return (device map, bytes needed on each GPU): whole layers in order, as even as can be.
-
-    Of several processes each has its share of the parameters, and all layers' activations.
-    """
-    parts = step_memory(config, tokens, precision)
-    costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
-    if world_size > 1:
-        sharded = parts["parameters"] * precision.bytes_per_parameter * (1 - 1 / world_size)
-        return None, [sum(costs) + parts["work"] - sharded] * world_size
-    if config.tie_word_embeddings:  # the head is the embedding, and stays with it
-        costs[0] += costs.pop()
-    gpus = split_layers(costs, capacities, parts["work"])
-    loads = [parts["work"] * (gpu in gpus) for gpu in range(len(capacities))]
-    for gpu, cost in zip(gpus, costs):
-        loads[gpu] += cost
-    layers = {f"model.layers.{i}": gpus[i + 1] for i in range(config.num_hidden_layers)}
-    head = gpus[0] if config.tie_word_embeddings else gpus[-1]
-    begin = {"model.rotary_emb": gpus[0], "model.embed_tokens": gpus[0]}
-    return {**begin, **layers, "model.norm": gpus[-1], "lm_head": head}, loads
+class Plan(NamedTuple):
+    device_map: dict | str | None
+    plain_tokens: int  # of the largest micro-batch that fits without gradient checkpointing
 
 
 def plan_memory(config, args, precision: Precision, capacities: list, longest: int, world: int):
-    """Return the device map and print what each device will hold; raises UserError if too much."""
-
-    def fits(tokens, capacities, world, precision=precision):
-        loads = place(config, tokens, precision, capacities, world)[1]
-        return all(load <= 0.95 * room for load, room in zip(loads, capacities))  # 5 %: CUDA itself
-
-    budget, n_gpu = args.tokens_per_forward, len(capacities)
-    device_map, loads = place(config, budget, precision, capacities, world)
+    """Return the Plan and print what each device will hold; raises UserError if too much."""
+    if args.device_map != "auto" and world == 1:
+        print("memory     not planned: the device map is your own")
+        return Plan(args.device_map, 0)
+    tokens, n_gpu = max(args.tokens_per_forward, longest), len(capacities)
+    device_map, loads = memory_plan.place(config, tokens, precision, capacities, world)
     for gpu, (load, room) in enumerate(zip(loads, capacities)):
         parts = [part for part, at in (device_map or {}).items() if at == gpu]
         held = f" ({parts[gpu == 0]} to {parts[-1]})" if n_gpu > 1 and parts else ""
         print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
-    if fits(budget, capacities, world):
-        if n_gpu > world == 1:
-            print(f"devices    take turns; at once: torchrun --nproc_per_node {n_gpu} sft_qwen2.py")
-        return device_map if torch.cuda.is_available() else None
-    if not torch.cuda.is_available() and not args.gpus:
-        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-    less = [n for n in (budget >> i for i in range(1, 16)) if n >= longest]
-    more = {n: capacities[:1] * n for n in range(2, 65)}
-    split = [n for n, same in more.items() if fits(budget, same, 1)]
-    fp32 = precision._replace(weights=torch.float32, bytes_per_parameter=16)
-    sharded = [n for n, same in more.items() if fits(longest, same, n, fp32)]
-    ways = [f"--tokens_per_forward {n}" for n in less if fits(n, capacities, world)][:1]
-    ways += [f"{n} such GPUs" for n in split[:1]]
-    least = f"with --tokens_per_forward {longest}"
-    ways += [f"torchrun --nproc_per_node {n} {least}" for n in sharded[:1]]
-    capability = (8, 0) if precision.compute == "bf16" else (7, 0)
-    if args.fp32 and fits(budget, capacities, 1, choose_precision(capability, 1, False)):
-        ways.append("one process without --fp32")
-    raise UserError(f"too little memory; what would fit: {'; '.join(ways) or 'a smaller model'}")
+    if not memory_plan.fits(config, tokens, precision, capacities, world):
+        if not torch.cuda.is_available() and not args.gpus:
+            raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
+        capability = (8, 0) if precision.compute == "bf16" else (7, 0)
+        single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
+        terms = (tokens, longest, precision, sharded, capacities, world)
+        ways = memory_plan.what_would_fit(config, *terms)
+        if args.fp32 and memory_plan.fits(config, tokens, single, capacities):
+            ways.append("one process without --fp32")
+        ways = "; ".join(ways) or "a smaller model"
+        raise UserError(f"too little memory; what would fit: {ways}")
+    terms = (tokens, precision, device_map, capacities, world)
+    plain = memory_plan.largest_plain(config, *terms)
+    which = {0: "all micro-batches", tokens: "no micro-batch: all fit without"}
+    which = which.get(plain, f"micro-batches over {plain:,} tokens; smaller ones fit without")
+    print(f"memory     gradient checkpointing for {which}")
+    if n_gpu > world == 1:
+        print(f"devices    take turns; at once: torchrun --nproc_per_node {n_gpu} sft_qwen2.py")
+    return Plan(device_map if torch.cuda.is_available() else None, plain)
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -962,14 +887,15 @@ def quiet_libraries() -> None:
 def find_devices(gpus: str | None) -> tuple[list[float], tuple[int, int] | None]:
     """Return the free bytes of each device to plan for, and their least compute capability."""
     if gpus:
-        groups = [group.split("x") for group in gpus.split(",")]
-        capacities = [int(gib) * GIB for number, gib in groups for _ in range(int(number))]
+        capacities = memory_plan.parse_gpus(gpus)
         return capacities, (8, 0) if min(capacities) > 32 * GIB else (7, 0)  # 32 GiB: a V100
     if torch.cuda.is_available():
         ids = range(torch.cuda.device_count())
         capability = min(torch.cuda.get_device_capability(i) for i in ids)
         return [torch.cuda.mem_get_info(i)[0] for i in ids], capability
-    return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")], None
+    import psutil  # comes with accelerate
+
+    return [0.9 * psutil.virtual_memory().available], None  # the rest is for other programs
 
 
 def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> None:
@@ -985,9 +911,7 @@ def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> Non
 
 def plan_disk(config, precision: Precision, args: ScriptArguments, training_args) -> None:
     """Print what checkpoints and export take; raises UserError where the disk cannot hold them."""
-    parameters = step_memory(config, 1, precision)["parameters"]
-    weights = parameters * precision.weights.itemsize
-    checkpoint = parameters * precision.bytes_per_parameter - weights  # gradients are not saved
+    weights, checkpoint = memory_plan.disk_bytes(config, precision)
     kept = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 2) + 1
     folder = Path(training_args.output_dir).resolve()
     folder = next(place for place in (folder, *folder.parents) if place.exists())
@@ -1104,7 +1028,8 @@ def prepare(args: ScriptArguments, training_args):
     weights = str(precision.weights).removeprefix("torch.")
     print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")
     plan_steps(args, training_args, lengths)
-    device_map = plan_memory(config, args, precision, capacities, int(lengths.max()), world_size)
+    shares = world_size if capability else 1  # without GPUs, each process has the whole model
+    plan = plan_memory(config, args, precision, capacities, int(lengths.max()), shares)
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
@@ -1113,7 +1038,7 @@ def prepare(args: ScriptArguments, training_args):
         with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
             for split, table in tables.items():
                 write_rejected(table, files[split], file)
-    return files, rows, tokenizer, precision, device_map, checkpoint
+    return files, rows, tokenizer, precision, plan, checkpoint
 
 
 def run(args: ScriptArguments, training_args) -> int:
@@ -1121,12 +1046,10 @@ def run(args: ScriptArguments, training_args) -> int:
     prepared = prepare(args, training_args)
     if args.dry_run:
         return 0
-    files, rows, tokenizer, precision, device_map, checkpoint = prepared
-    if args.device_map != "auto" and device_map:
-        device_map = args.device_map
+    files, rows, tokenizer, precision, plan, checkpoint = prepared
     if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    model = load_model(args.model_name_or_path, precision.weights, device_map)
+    model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
     start_wandb(training_args)
     trainer = build_trainer(model, tokenizer, args, training_args, rows, precision)
     trainer.train_file = files["train"]
