@@ -838,7 +838,7 @@ class StepTrainer:
         tokens, trained, flops = (self.work - before) / (now - then)
         left = (self.state.max_steps - step) * (now - then) / (step - last_step)
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
-        if torch.cuda.is_available():
+        if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
             peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
             speed["mfu"] = flops / (peak * self.args.world_size)
