@@ -291,6 +291,14 @@ def test_the_largest_micro_batch_without_checkpointing_is_that(
         assert largest_plain(config_7b, most, *terms) == min(most, largest)
 
 
+def test_the_layers_stay_where_the_map_has_them(config_7b):
+    """With all of them on the first of four GPUs, the others are no help."""
+    precision = choose_precision(AMPERE, 1, False)
+    device_map, _ = place(config_7b, TOKENS, precision, [80 * GIB])
+    alone = largest_plain(config_7b, TOKENS, precision, device_map, [80 * GIB], 1)
+    assert alone == largest_plain(config_7b, TOKENS, precision, device_map, [80 * GIB] * 4, 1)
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("gpu", ["A100", "A100 --fp32", "V100", "CPU", "8 x A100", "8 x V100"])
 def test_the_formula_is_what_a_trace_shows(gpu, checkpointing, memory_benchmark):
@@ -632,6 +640,15 @@ def test_what_is_said_to_fit_fits_and_no_less(dry_run, config_7b):
         return max(loads) <= 0.95 * 32 * GIB
 
     assert fits(processes) and not fits(processes - 1)
+
+
+def test_no_budget_is_offered_below_the_longest_row(config_7b):
+    """It would have a micro-batch of its own, of more tokens than that."""
+    single, sharded = (choose_precision(VOLTA, processes, False) for processes in (1, 2))
+    for longest, offered in ((16384, True), (16385, False)):
+        terms = (TOKENS, longest, single, sharded, [32 * GIB] * 4, 1)
+        ways = memory_plan.what_would_fit(config_7b, *terms)
+        assert ("--tokens_per_forward 16384" in ways) == offered
 
 
 @pytest.mark.parametrize("gpus", ["1x80", "4x32"])
