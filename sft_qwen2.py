@@ -20,8 +20,11 @@ size, V vocabulary.
 import contextlib
 import csv
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -35,6 +38,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -51,12 +55,19 @@ from memory_plan import GIB, GPUS, LOSS_CHUNK
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
+FAST_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
+FAST_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
 ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
 STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROWS_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product
+# FLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
+SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
+SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
 
 
@@ -80,7 +91,7 @@ class ScriptArguments:
         default="truncate", help="A row over max_len loses its end, is left out, or stops the run."
     )
     tokens_per_forward: int | None = HfArg(
-        default=None, help="Memory knob. Default: per_device_train_batch_size x max_len."
+        default=None, help="Memory knob. At most per_device_train_batch_size x max_len by default."
     )
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
     fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes a parameter.")
@@ -108,13 +119,25 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
 }
 
+# Each process saves its share; one a machine reads the model's files, and hands out the weights.
+FSDP_CONFIG = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+
+
+def process_defaults(argv: list[str]) -> dict:
+    """Return the TrainingArguments of one of torchrun's processes: FSDP2 on GPUs, DDP on CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or any("--deepspeed" in flag for flag in argv):
+        return {}
+    if not torch.cuda.is_available():
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    return {"fsdp": True, "fsdp_config": FSDP_CONFIG}
+
 
 def parse_arguments(argv: list[str]) -> tuple:
     """Return (ScriptArguments, TrainingArguments); one line and exit code 2 if they are wrong."""
     classes = (ScriptArguments, transformers.TrainingArguments)
     usage = "%(prog)s [arguments.json] [--flag value ...]"
     parser = transformers.HfArgumentParser(classes, allow_abbrev=False, usage=usage)
-    parser.set_defaults(**TRAINING_DEFAULTS)
+    parser.set_defaults(**TRAINING_DEFAULTS, **process_defaults(argv))
     parser.print_usage = lambda file=None: None  # an error is one line, without the usage
     try:
         if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
@@ -132,13 +155,11 @@ def parse_arguments(argv: list[str]) -> tuple:
         parser.error(f"unknown argument {unknown[0]} (--help lists all)")
     if training_args.bf16 or training_args.fp16:
         parser.error("leave --bf16 and --fp16 out: the number format follows from the GPU")
-    if args.tokens_per_forward is None:
-        args.tokens_per_forward = training_args.per_device_train_batch_size * args.max_len
     if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
         parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
     values = vars(args) | vars(training_args)
     for name in ("max_len", "tokens_per_forward", *ROWS_PER_STEP):
-        if values[name] < 1:
+        if values[name] is not None and values[name] < 1:
             parser.error(f"--{name} must be positive")
     return args, training_args
 
@@ -513,9 +534,11 @@ class AnswerLoss:
         trained = shift_labels != IGNORE_INDEX
         hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
         chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
-        options = torch.nn.LinearCrossEntropyOptions(**chunks)
-        loss = linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
-        return {"loss": loss / num_items_in_batch}
+        options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
+        # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
+        options["reduction"] = "sum" if hidden.dtype == torch.float32 else "none"
+        losses = linear_cross_entropy(hidden, head, targets, **options)
+        return {"loss": losses.float().sum() / num_items_in_batch}
 
 
 def check_model(name_or_path: str, dry_run: bool):
@@ -572,39 +595,55 @@ def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> P
 
 class Plan(NamedTuple):
     device_map: dict | str | None
-    plain_tokens: int  # of the largest micro-batch that fits without gradient checkpointing
+    tokens_per_forward: int  # of a micro-batch, at most
+    plain_tokens: int  # at most, of one that fits without gradient checkpointing
 
 
-def plan_memory(config, args, precision: Precision, capacities: list, longest: int, world: int):
-    """Return the Plan and print what each device will hold; raises UserError if too much."""
+def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
+    """Return the Plan and print what each device will hold; raises UserError if too much.
+
+    `longest`: the tokens of the longest row. A layer that is not computed again saves a quarter of
+    the time: unless --tokens_per_forward says otherwise, micro-batches are as large as fits so.
+    """
+    on_cpu = precision.compute == "fp32"
+    world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
+    budget = training_args.per_device_train_batch_size * args.max_len
+    budget = args.tokens_per_forward or (min(budget, FAST_TOKENS_CPU) if on_cpu else budget)
     if args.device_map != "auto" and world == 1:
         print("memory     not planned: the device map is your own")
-        return Plan(args.device_map, 0)
-    tokens, n_gpu = max(args.tokens_per_forward, longest), len(capacities)
+        return Plan(args.device_map, budget, 0)
+    tokens = max(budget, longest)
     device_map, loads = memory_plan.place(config, tokens, precision, capacities, world)
     for gpu, (load, room) in enumerate(zip(loads, capacities)):
         parts = [part for part, at in (device_map or {}).items() if at == gpu]
-        held = f" ({parts[gpu == 0]} to {parts[-1]})" if n_gpu > 1 and parts else ""
+        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
         print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
     if not memory_plan.fits(config, tokens, precision, capacities, world):
-        if not torch.cuda.is_available() and not args.gpus:
-            raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-        capability = (8, 0) if precision.compute == "bf16" else (7, 0)
-        single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
-        terms = (tokens, longest, precision, sharded, capacities, world)
-        ways = memory_plan.what_would_fit(config, *terms)
-        if args.fp32 and memory_plan.fits(config, tokens, single, capacities):
-            ways.append("one process without --fp32")
-        ways = "; ".join(ways) or "a smaller model"
-        raise UserError(f"too little memory; what would fit: {ways}")
+        refuse_plan(config, args, precision, capacities, (tokens, longest), world)
     terms = (tokens, precision, device_map, capacities, world)
     plain = memory_plan.largest_plain(config, *terms)
-    which = {0: "all micro-batches", tokens: "no micro-batch: all fit without"}
-    which = which.get(plain, f"micro-batches over {plain:,} tokens; smaller ones fit without")
-    print(f"memory     gradient checkpointing for {which}")
-    if n_gpu > world == 1:
-        print(f"devices    take turns; at once: torchrun --nproc_per_node {n_gpu} sft_qwen2.py")
-    return Plan(device_map if torch.cuda.is_available() else None, plain)
+    if not training_args.gradient_checkpointing and plain < tokens:
+        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
+    if not args.tokens_per_forward and plain >= FAST_TOKENS_GPU:
+        budget = min(budget, plain)
+    which = {0: "all micro-batches", tokens: "none: they fit without"}
+    print(f"checkpoint {which.get(plain, f'micro-batches over {plain:,} tokens')}")
+    if len(capacities) > world == 1:
+        command = f"torchrun --nproc_per_node {len(capacities)} sft_qwen2.py"
+        print(f"devices    take turns; at once: {command}")
+    return Plan(None if on_cpu or args.gpus else device_map, budget, plain)
+
+
+def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
+    """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
+    if precision.compute == "fp32":
+        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
+    capability = (8, 0) if precision.compute == "bf16" else (7, 0)
+    single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
+    ways = memory_plan.what_would_fit(config, *tokens, precision, sharded, capacities, world)
+    if args.fp32 and memory_plan.fits(config, tokens[0], single, capacities):
+        ways.append("one process without --fp32")
+    raise UserError(f"too little memory; what would fit: {'; '.join(ways) or 'a smaller model'}")
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -613,7 +652,7 @@ class StepTrainer:
 
     bar = None
     signal = 0  # the number of the one that came
-    num_tokens = bad_norms = 0  # tokens trained on; steps without a finite gradient in a row
+    bad_norms = 0  # steps without a finite gradient in a row
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, shuffled by the seed and the epoch."""
@@ -627,9 +666,8 @@ class StepTrainer:
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
     def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
-        script, args = self.script_args, self.args
-        share = (args.process_index, args.world_size)
-        batches, trained_tokens = collate(rows, script.max_len, script.tokens_per_forward, *share)
+        share = (self.args.process_index, self.args.world_size)
+        batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
         return [self._prepare_inputs(batch) for batch in batches], trained_tokens
 
     def training_step(self, model, rows, num_items_in_batch=None):
@@ -644,8 +682,8 @@ class StepTrainer:
             loss_sum = torch.zeros((), device=self.args.device)
             try:
                 for i, batch in enumerate(batches, 1):
-                    last = i == len(batches)
-                    with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    self.choose_checkpointing(sum(batch["seq_lens"]))
+                    with self.gradients_kept(model) if i < len(batches) else nullcontext():
                         divisor = trained_tokens / self.args.world_size
                         loss = model(**batch, num_items_in_batch=divisor)["loss"]
                         self.accelerator.backward(loss)
@@ -661,8 +699,23 @@ class StepTrainer:
             raise self.broken_step(f"its loss is {step_loss}", rows)
         self.control.should_training_stop |= self.agreed_signal() > 0
         self.rows = rows
-        self.num_tokens += sum(len(row["input_ids"][: self.script_args.max_len]) for row in rows)
+        lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
+        flops = training_flops(self.model.config, self.num_parameters, lengths)
+        self.work += [lengths.sum(), trained_tokens, flops]
         return loss_sum
+
+    def choose_checkpointing(self, tokens: int) -> None:
+        """Let layers be computed again on the way back only where memory asks for it."""
+        if self.args.gradient_checkpointing:
+            for layer in self.model.model.layers:
+                layer.gradient_checkpointing = tokens > self.plain_tokens
+
+    def gradients_kept(self, model):
+        """Return a context in which backward leaves gradients where they are, for later ones.
+
+        With FSDP it exchanges them each time: kept, they would be whole, 4 bytes a parameter.
+        """
+        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
 
     def agreed_signal(self) -> int:
         """Return the signal that any process got, or 0: all must stop after the same step."""
@@ -670,16 +723,23 @@ class StepTrainer:
         return int(self.accelerator.gather(number).max())
 
     def lower_budget(self, batches: list[dict]) -> None:
-        """Halve tokens_per_forward; raises UserError where that cannot help or others would not."""
+        """Checkpoint all layers, or if so already, halve tokens_per_forward.
+
+        Raises UserError where that cannot help or other processes would not do the same.
+        """
         largest = max((batch["seq_lens"] for batch in batches), key=sum)
         tokens, half = sum(largest), sum(largest) // 2
-        if len(largest) == 1:
-            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
         if self.args.world_size > 1:
             raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
-        print(f"memory     {tokens} tokens are too many for one forward pass; now at most {half}")
-        self.script_args.tokens_per_forward = half
-        self.log({"tokens_per_forward": half})
+        if self.plain_tokens and self.args.gradient_checkpointing:
+            self.plain_tokens = 0
+            print(f"memory     {tokens} tokens are too many without gradient checkpointing")
+        elif len(largest) == 1:
+            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
+        else:
+            self.tokens_per_forward = half
+            print(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
+        self.log({"tokens_per_forward": self.tokens_per_forward})
 
     def _clip_grad_norm(self, model):
         """Clip as Trainer does, and stop before NaN gradients reach the weights."""
@@ -701,31 +761,27 @@ class StepTrainer:
         """Save a checkpoint aside and rename it once it is on disk: it is whole, or not there."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         aside, error = output_dir / "unfinished", None
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # every process writes a part
         self.args.output_dir = str(aside)
         try:
-            super()._save_checkpoint(model, trial)
+            super()._save_checkpoint(model, trial)  # every process writes a part
+            os.sync()
         except Exception as caught:  # each library has its own for a full disk; training can go on
             error = caught
+            print(f"{name} could not be saved; earlier ones are whole: {error}", file=sys.stderr)
         self.args.output_dir = str(output_dir)
         failed = torch.tensor(float(error is not None), device=self.args.device)
         failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
-        if self.args.should_save and not failed:
-            try:
-                for path in aside.rglob("*.*"):
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
+        if self.args.should_save:
+            if not failed:
                 os.replace(aside / name, output_dir / name)
                 rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-            except OSError as caught:
-                error = caught
-        if error:
-            print(f"{name} could not be saved; earlier ones are whole: {error}", flush=True)
-        if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict and self.model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
+        super()._save(output_dir, state_dict)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # Trainer's own count is of padded batches
@@ -742,15 +798,15 @@ class StepTrainer:
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
+        print(f"eval_loss  {loss_sum / token_sum:.4f} at step {self.state.global_step}", flush=True)
+        self.last_log = (time.time(), self.state.global_step, self.work.copy())
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict, start_time=None) -> None:
         """Report to wandb and others, to output_dir/metrics.jsonl and, of a step, on screen."""
         if "loss" in logs:
-            now, (before, num_tokens) = time.time(), self.last_log
-            self.last_log = (now, self.num_tokens)
-            logs["tokens_per_s"] = round((self.num_tokens - num_tokens) / (now - before))
+            logs |= self.measure_speed()
         try:
             super().log(logs, start_time)
         except Exception as error:  # wandb's, of whatever kind: a report must not cost the run
@@ -763,24 +819,50 @@ class StepTrainer:
                 file.write(json.dumps({"step": step, **logs}) + "\n")
         except OSError as error:  # a full disk; the next line may have room again
             print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
+        values = {name: logs[name] for name in SHOWN if name in logs}
+        shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and sys.stderr.isatty():
             self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
-            self.bar.set_postfix({k: f"{logs[k]:.4g}" for k in ("loss", "tokens_per_s")})
+            self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
-            names = ("loss", "grad_norm", "learning_rate", "tokens_per_s")
-            shown = "  ".join(f"{name} {logs[name]:.4g}" for name in names if name in logs)
-            print(f"step {step}/{steps}  {shown}", flush=True)
+            left = datetime.timedelta(seconds=round(logs["seconds_left"]))
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{steps}  {line}  left {left}", flush=True)
+
+    def measure_speed(self) -> dict[str, float]:
+        """Return what was done a second since the last log, and the share of the GPUs' peak."""
+        then, last_step, before = self.last_log
+        step, now = self.state.global_step, time.time()
+        self.last_log = (now, step, self.work.copy())
+        tokens, trained, flops = (self.work - before) / (now - then)
+        left = (self.state.max_steps - step) * (now - then) / (step - last_step)
+        speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
+        if self.args.device.type == "cuda":
+            name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
+            peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
+            speed["mfu"] = flops / (peak * self.args.world_size)
+            speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
+        return {**speed, "seconds_left": round(left)}
 
 
-def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision: Precision):
+def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
+    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
+
+    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
+    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
+    """
+    attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
+    return 6 * num_parameters * lengths.sum() + attention.sum()
+
+
+def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
     rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
     own_optim = training_args.optim != transformers.TrainingArguments.optim  # the user's --optim
     eight_bit = rounded and not own_optim
-    sharded = training_args.world_size > 1 and torch.cuda.is_available()
     own_step = rows_per_step(training_args) // training_args.world_size
     args = dataclasses.replace(
         training_args,
@@ -791,7 +873,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         fp16=precision.compute == "fp16",
         optim=training_args.optim if own_optim else precision.optim,
         optim_args="bf16_stochastic_round=True" if eight_bit else training_args.optim_args,
-        fsdp=sharded or training_args.fsdp,  # weights, gradients and state shared out (FSDP2)
+        eval_on_start="validation" in rows,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     datasets = {"train_dataset": rows["train"], "eval_dataset": rows.get("validation")}
@@ -801,7 +883,14 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
-    trainer.script_args, trainer.last_log = script_args, (time.time(), 0)
+    if trainer.is_fsdp_enabled:  # else half precision, for sums of gradients and for the loss too
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy
+        policy = policy(param_dtype=COMPUTE_DTYPES[precision.compute], reduce_dtype=torch.float32)
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
+    trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
+    trainer.work = np.zeros(3)  # tokens, trained tokens, FLOPs
+    trainer.last_log = (time.time(), 0, trainer.work.copy())
     return trainer
 
 
@@ -820,7 +909,7 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         transformers.utils.logging.disable_progress_bar()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -839,13 +928,14 @@ def find_devices(gpus: str | None) -> tuple[list[float], tuple[int, int] | None]
     return [0.9 * psutil.virtual_memory().available], None  # the rest is for other programs
 
 
-def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> None:
+def plan_steps(budget: int, training_args, lengths: np.ndarray) -> None:
     """Print how many optimizer steps there will be, and the forward passes of one."""
-    rows, budget = rows_per_step(training_args), args.tokens_per_forward
+    rows = rows_per_step(training_args)
     steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
     steps = training_args.max_steps if training_args.max_steps > 0 else steps
     sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
-    passes = len(bin_rows(sample, budget, training_args.world_size))
+    world_size = training_args.world_size
+    passes = len(bin_rows(sample, budget, world_size)) // world_size
     print(f"steps      {steps} of {rows} rows, {passes} or so forward passes of {budget} tokens")
 
 
@@ -890,8 +980,8 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: str) -> str | None:
-    """Return the checkpoint to resume from, if any; write output_dir/run.json.
+def open_run(args, training_args, precision: Precision, counts: dict, data_sha256: str):
+    """Return the path of the checkpoint to resume from, or None; write output_dir/run.json.
 
     Raises UserError where a run would be overwritten, or continued on other terms.
     """
@@ -900,7 +990,8 @@ def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: st
     names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
     terms = {name: getattr(args, name) for name in names}
     terms |= {"rows_per_step": rows_per_step(training_args), "seed": training_args.seed}
-    terms["data_sha256"] = data_sha256
+    terms |= {"data_sha256": data_sha256, "weights": str(precision.weights)}
+    terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
         raise UserError(f"{output_dir} holds a run: --resume continues it, --output_dir leaves it")
@@ -925,6 +1016,7 @@ def open_run(args: ScriptArguments, training_args, counts: dict, data_sha256: st
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     if training_args.should_save:  # one process for all
+        shutil.rmtree(output_dir / "unfinished", ignore_errors=True)  # a save that was killed
         if metrics.exists():  # what was logged after the checkpoint will be logged again
             step = int(checkpoint.rpartition("-")[2]) if checkpoint else -1
             lines = [x for x in metrics.read_text().splitlines(True) if x.endswith("}\n")]
@@ -961,18 +1053,16 @@ def prepare(args: ScriptArguments, training_args):
     shortest = {name: shortest[name][: args.max_len] for name in ("input_ids", "labels")}
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
     capacities, capability = find_devices(args.gpus)
-    world_size = training_args.world_size
-    precision = choose_precision(capability, world_size, args.fp32)
+    precision = choose_precision(capability, training_args.world_size, args.fp32)
     weights = str(precision.weights).removeprefix("torch.")
     print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")
-    plan_steps(args, training_args, lengths)
-    shares = world_size if capability else 1  # without GPUs, each process has the whole model
-    plan = plan_memory(config, args, precision, capacities, int(lengths.max()), shares)
+    plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
+    plan_steps(plan.tokens_per_forward, training_args, lengths)
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
-    checkpoint = open_run(args, training_args, counts, file_sha256(files["train"]))
-    if args.skip_bad_rows:
+    checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
+    if args.skip_bad_rows and training_args.should_save:
         with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
             for split, table in tables.items():
                 write_rejected(table, files[split], file)
@@ -985,30 +1075,55 @@ def run(args: ScriptArguments, training_args) -> int:
     if args.dry_run:
         return 0
     files, rows, tokenizer, precision, plan, checkpoint = prepared
+    if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
     start_wandb(training_args)
-    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision)
+    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
     trainer.train_file = files["train"]
-    if "validation" in rows:
+    samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
+    if samples:
         lines = rows["validation"][:NUM_SAMPLES]["line"]
         first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
         prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
         before = answer_samples(model, tokenizer, prompts)
-        if not checkpoint:
-            print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} before training", flush=True)
     if stop_signal := train(trainer, checkpoint):
         return 128 + stop_signal
     if "validation" in rows:
-        print(f"eval_loss  {trainer.evaluate()['eval_loss']:.4f} after training")
+        trainer.evaluate()
+    if samples:
         after = answer_samples(model, tokenizer, prompts)
         for prompt, old, new in zip(prompts, before, after):
             print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
     model.config.use_cache = True  # Trainer turned it off; what is served needs it
     failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
+    if training_args.fsdp:  # one ordinary model folder
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with as_user_error(Exception, failure):  # each library has its own for a full disk
         trainer.save_model()
-    print(f"model      {training_args.output_dir}")
+    print_results(Path(training_args.output_dir))
     return 0
+
+
+def print_results(output_dir: Path) -> None:
+    """Draw the losses, if matplotlib is installed, and print where everything is."""
+    logs = ["metrics.jsonl", "run.json"]
+    if importlib.util.find_spec("matplotlib"):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        metrics = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
+        for name, style in (("loss", "-"), ("eval_loss", "o")):
+            points = [(log["step"], log[name]) for log in metrics if name in log]
+            axes.plot(*zip(*points), style, label=name)
+        axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
+        axes.legend()
+        figure.savefig(output_dir / "loss.png")
+        logs.append("loss.png")
+    print(f"logs       {output_dir}: {', '.join(logs)}")
+    print(f"model      {output_dir}")
+    print(f"serve      vllm serve {output_dir}")
 
 
 def train(trainer, checkpoint: str | None) -> int:
@@ -1019,7 +1134,6 @@ def train(trainer, checkpoint: str | None) -> int:
         signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
         print(f"{signal.Signals(number).name}: saving after this step", flush=True)
 
-    trainer.last_log = (time.time(), trainer.num_tokens)  # evaluation is over
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
     try:  # training_step mends its own want of memory, as far as tokens_per_forward can
@@ -1045,10 +1159,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
     quiet_libraries()
     args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if training_args.process_index > 0:  # one process speaks for all, but each of its own mistake
+        sys.stdout = io.StringIO()
     try:
         return run(args, training_args)
     except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
-        print(f"error: {error}", file=sys.stderr)
+        rank = f" in process {training_args.process_index}" * (training_args.world_size > 1)
+        print(f"error{rank}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training began: there is nothing to save
         return 128 + signal.SIGINT

@@ -163,6 +163,15 @@ def test_neighbours_do_not_change_loss_and_gradients(checkpointing, rows, model,
         each.eval()
 
 
+def test_the_loss_of_a_model_in_half_precision_is_exact(rows, model_dir, model):
+    """Its logits are rounded, each another way: their mean is not. bf16 has 8 bits, or 0.4 %."""
+    half = load_model(model_dir, torch.bfloat16)
+    with torch.no_grad():
+        rounded, exact = (each(**flat(rows))["loss"] for each in (half, model))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=5e-4, atol=0)
+
+
 def test_the_order_of_rows_does_not_matter(rows, model):
     """The same rows in another order have the same loss."""
     with torch.no_grad():

@@ -493,7 +493,7 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(run, finished, dis
 
     result = run(output_dir, change)
     assert result.code == 0, result.err
-    assert "checkpoint-3 could not be saved" in result.out
+    assert "checkpoint-3 could not be saved" in result.err
     assert {Path(file).parent.name for file in kept} == {"checkpoint-1", "checkpoint-2"}
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == [
         "checkpoint-2",
@@ -529,7 +529,7 @@ def test_a_run_stopped_on_a_full_disk_says_so_and_resumes(run, finished, disk):
     stopped = run(output_dir, at_step(3, stop_on_full_disk))
     disk.free()
     assert stopped.code == 128 + signal.SIGTERM
-    assert "checkpoint-3 could not be saved" in stopped.out
+    assert "checkpoint-3 could not be saved" in stopped.err
     assert "step 3, which is saved" not in stopped.out
     resumed = run(output_dir, resume=True)
     assert resumed.code == 0 and f"resume     from {output_dir / 'checkpoint-2'}" in resumed.out

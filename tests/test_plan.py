@@ -208,7 +208,7 @@ def test_a_model_is_trained_over_a_map(folder, request, train, monkeypatch, writ
 
     flags = {**FLAGS, "save_strategy": "no"}
     plain = train(folder, rows, tmp_path / "plain", **flags)
-    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan(cpu_map, 0))
+    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan(cpu_map, 2048, 0))
     monkeypatch.setattr(sft_qwen2, "load_model", load_and_hook)
     mapped = train(folder, rows, tmp_path / "mapped", **flags)
     assert mapped.trainer.model.hf_device_map == cpu_map
@@ -349,7 +349,7 @@ def test_a_device_map_of_ones_own_is_passed_on_and_not_planned(
         raise sft_qwen2.UserError("seen")
 
     monkeypatch.setattr(transformers.Qwen2ForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan({"": 0}, 0))
+    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan({"": 0}, 2048, 0))
     argv = ["--model_name_or_path", tiny_model_dir, "--data_path", write_rows(ROWS)]
     argv += ["--output_dir", tmp_path, "--report_to", "none"]
     assert run_main(*argv)[0] == 1 and seen["device_map"] == {"": 0}
@@ -386,7 +386,8 @@ def make_trainer(model_dir, tokenizer, precision, output_dir, **flags):
     args, training_args = sft_qwen2.parse_arguments(argv)
     model = sft_qwen2.load_model(model_dir, precision.weights)
     rows = {"train": [{}] * 8}
-    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision)
+    plan = sft_qwen2.Plan(None, 2048, 0)
+    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
 
 
 @pytest.mark.parametrize("name", TABLE)
