@@ -533,7 +533,7 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
-        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
+        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
         options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
         # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
         options["reduction"] = "sum" if hidden.dtype == torch.float32 else "none"
@@ -856,6 +856,12 @@ def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
     return 6 * num_parameters * lengths.sum() + attention.sum()
 
 
+def sharded_policy(compute: str):
+    """Return FSDP's number formats. (accelerate's own would sum gradients in half precision.)"""
+    dtype = COMPUTE_DTYPES[compute]
+    return torch.distributed.fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+
+
 def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
@@ -883,9 +889,8 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
-    if trainer.is_fsdp_enabled:  # else half precision, for sums of gradients and for the loss too
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy
-        policy = policy(param_dtype=COMPUTE_DTYPES[precision.compute], reduce_dtype=torch.float32)
+    if trainer.is_fsdp_enabled:
+        policy = sharded_policy(precision.compute)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
     trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
