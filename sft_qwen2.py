@@ -631,7 +631,7 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     if len(capacities) > world == 1:
         command = f"torchrun --nproc_per_node {len(capacities)} sft_qwen2.py"
         print(f"devices    take turns; at once: {command}")
-    return Plan(None if on_cpu or args.gpus else device_map, budget, plain)
+    return Plan(device_map if torch.cuda.is_available() else None, budget, plain)
 
 
 def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
