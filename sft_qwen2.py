@@ -695,6 +695,7 @@ class StepTrainer:
             try:
                 for i, batch in enumerate(batches, 1):
                     self.choose_checkpointing(sum(batch["seq_lens"]))
+                    self.accelerator.sync_gradients = i == len(batches)  # for DeepSpeed
                     with self.gradients_kept(model) if i < len(batches) else nullcontext():
                         divisor = trained_tokens / self.args.world_size
                         loss = model(**batch, num_items_in_batch=divisor)["loss"]
@@ -834,7 +835,7 @@ class StepTrainer:
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and sys.stderr.isatty():
-            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
+            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, initial=step)
             self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
