@@ -534,6 +534,9 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
+        if torch.is_autocast_enabled(head.device.type):  # it would leave this product in fp32
+            dtype = torch.get_autocast_dtype(head.device.type)
+            hidden, head = hidden.to(dtype), head.to(dtype)
         chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
         options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
         # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
