@@ -680,6 +680,19 @@ class StepTrainer:
         options = {"use_seedable_sampler": True, "data_seed": seed}
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Return Trainer's schedule, from its second rate on: a warm-up's first is 0.
+
+        The rows of that step would not be trained.
+        """
+        warm_up = self.args.get_warmup_steps(num_training_steps) > 0
+        scheduler = super().create_scheduler(num_training_steps + warm_up, optimizer)
+        if warm_up:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, to step the optimizer first
+                scheduler.step()
+        return scheduler
+
     def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
         share = (self.args.process_index, self.args.world_size)
         batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
