@@ -146,12 +146,14 @@ def device_loads(config, parts: dict, device_map: dict | None, num_devices: int)
     return loads
 
 
-def place(config, tokens: int, precision, capacities: list[float], world: int = 1):
+def place(
+    config, tokens: int, precision, capacities: list[float], world: int = 1, checkpointing=True
+):
     """Return (device map, bytes needed on each device): whole layers in order, as even as can be.
 
     Several processes have no map: each has its share of the parameters, and all activations.
     """
-    parts = step_memory(config, tokens, precision, world)
+    parts = step_memory(config, tokens, precision, world, checkpointing)
     if world > 1:
         return None, device_loads(config, parts, None, world)
     costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
@@ -183,6 +185,18 @@ def largest_plain(config, most: int, precision, device_map, capacities: list[flo
         return any(load > USABLE_PLAIN * room for load, room in zip(loads, capacities))
 
     return bisect.bisect_left(range(1, most + 1), True, key=is_too_large)
+
+
+def peak_loads(config, tokens: int, plain: int, precision, device_map, capacities, world: int):
+    """Return the bytes needed on each device for micro-batches of up to `tokens` tokens.
+
+    Those of up to `plain` tokens are without checkpointing.
+    """
+    cases = [(min(tokens, plain), False)] if plain else []
+    cases += [(tokens, True)] if tokens > plain else []
+    parts = (step_memory(config, most, precision, world, again) for most, again in cases)
+    loads = [device_loads(config, part, device_map, len(capacities)) for part in parts]
+    return [max(device) for device in zip(*loads)]
 
 
 def what_would_fit(config, tokens: int, longest: int, precision, sharded, capacities, world: int):
