@@ -3,6 +3,7 @@
     python sft_qwen2.py                                 # Qwen2-7B-Instruct on data/train.jsonl
     python sft_qwen2.py data/tiny.json                  # the stand-in model, on any laptop
     python sft_qwen2.py run.json --learning_rate 2e-5   # arguments from a file, flags on top
+    torchrun --nproc_per_node gpu sft_qwen2.py          # all GPUs at once
 
 A line of data is a conversation: {"query": "...", "answer": "..."}, optionally with "system", or
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
