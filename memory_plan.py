@@ -72,9 +72,9 @@ def step_memory(config, tokens: int, precision, world: int = 1, checkpointing: b
     """
     layer, weight = count_parameters(config)["layer"], precision.weights.itemsize
     stream, each = weight, precision.bytes_per_parameter
-    if world > 1:  # FSDP2 deals out weights and AdamW state, and gathers weights in half precision;
-        stream = COMPUTE_SIZE[precision.compute]  # under no_sync, gradients stay whole
-        each, weight = (each - weight) / world + stream, stream
+    if world > 1:  # FSDP2 deals out weights, gradients and AdamW state, and gathers weights in
+        stream = COMPUTE_SIZE[precision.compute]  # the format of the products
+        each, weight = each / world, stream
     kept, work = layer_activations(config, tokens, precision.compute, stream)
     if checkpointing:
         checkpoint = tokens * config.hidden_size * stream
@@ -87,9 +87,11 @@ def step_memory(config, tokens: int, precision, world: int = 1, checkpointing: b
     loss = table + max(table, chunk * (8 if weight == 2 else 4))
     loss += tokens * config.hidden_size * (4 * weight + 4)
     tied = table if config.tie_word_embeddings else 0  # its gradient waits for the embedding's
-    if world > 1:  # besides the shards:
-        loss += table if tied else 2 * table  # the gathered head, and if untied, its gradient sent;
-        work += table + 3 * layer * weight  # one of them, weights of two layers, gradients of one
+    if world > 1:
+        # At the loss: the gathered head, and a copy of its gradient, in fp32 to be summed up. In a
+        # layer: weights of this and the next, and its gradients with such a copy.
+        loss += table + 2 * table
+        work += table + layer * (3 * weight + 4)
     return {
         "embedding": matrix * each + max(0, table - work),  # its gradient comes last
         "layer": layer * each + kept,

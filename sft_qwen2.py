@@ -55,6 +55,8 @@ from memory_plan import GIB, GPUS, LOSS_CHUNK
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
+FAST_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
+FAST_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
 ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
 STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -89,7 +91,7 @@ class ScriptArguments:
         default="truncate", help="A row over max_len loses its end, is left out, or stops the run."
     )
     tokens_per_forward: int | None = HfArg(
-        default=None, help="Memory knob. Default: per_device_train_batch_size x max_len."
+        default=None, help="Memory knob. At most per_device_train_batch_size x max_len by default."
     )
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
     fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes a parameter.")
@@ -153,13 +155,11 @@ def parse_arguments(argv: list[str]) -> tuple:
         parser.error(f"unknown argument {unknown[0]} (--help lists all)")
     if training_args.bf16 or training_args.fp16:
         parser.error("leave --bf16 and --fp16 out: the number format follows from the GPU")
-    if args.tokens_per_forward is None:
-        args.tokens_per_forward = training_args.per_device_train_batch_size * args.max_len
     if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
         parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
     values = vars(args) | vars(training_args)
     for name in ("max_len", "tokens_per_forward", *ROWS_PER_STEP):
-        if values[name] < 1:
+        if values[name] is not None and values[name] < 1:
             parser.error(f"--{name} must be positive")
     return args, training_args
 
@@ -533,7 +533,7 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
-        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None}
+        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
         options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
         # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
         options["reduction"] = "sum" if hidden.dtype == torch.float32 else "none"
@@ -595,39 +595,55 @@ def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> P
 
 class Plan(NamedTuple):
     device_map: dict | str | None
-    plain_tokens: int  # of the largest micro-batch that fits without gradient checkpointing
+    tokens_per_forward: int  # of a micro-batch, at most
+    plain_tokens: int  # at most, of one that fits without gradient checkpointing
 
 
-def plan_memory(config, args, precision: Precision, capacities: list, longest: int, world: int):
-    """Return the Plan and print what each device will hold; raises UserError if too much."""
+def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
+    """Return the Plan and print what each device will hold; raises UserError if too much.
+
+    `longest`: the tokens of the longest row. A layer that is not computed again saves a quarter of
+    the time: unless --tokens_per_forward says otherwise, micro-batches are as large as fits so.
+    """
+    on_cpu = precision.compute == "fp32"
+    world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
+    budget = training_args.per_device_train_batch_size * args.max_len
+    budget = args.tokens_per_forward or (min(budget, FAST_TOKENS_CPU) if on_cpu else budget)
     if args.device_map != "auto" and world == 1:
         print("memory     not planned: the device map is your own")
-        return Plan(args.device_map, 0)
-    tokens, n_gpu = max(args.tokens_per_forward, longest), len(capacities)
+        return Plan(args.device_map, budget, 0)
+    tokens = max(budget, longest)
     device_map, loads = memory_plan.place(config, tokens, precision, capacities, world)
     for gpu, (load, room) in enumerate(zip(loads, capacities)):
         parts = [part for part, at in (device_map or {}).items() if at == gpu]
-        held = f" ({parts[gpu == 0]} to {parts[-1]})" if n_gpu > 1 and parts else ""
+        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
         print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
     if not memory_plan.fits(config, tokens, precision, capacities, world):
-        if not torch.cuda.is_available() and not args.gpus:
-            raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-        capability = (8, 0) if precision.compute == "bf16" else (7, 0)
-        single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
-        terms = (tokens, longest, precision, sharded, capacities, world)
-        ways = memory_plan.what_would_fit(config, *terms)
-        if args.fp32 and memory_plan.fits(config, tokens, single, capacities):
-            ways.append("one process without --fp32")
-        ways = "; ".join(ways) or "a smaller model"
-        raise UserError(f"too little memory; what would fit: {ways}")
+        refuse_plan(config, args, precision, capacities, (tokens, longest), world)
     terms = (tokens, precision, device_map, capacities, world)
     plain = memory_plan.largest_plain(config, *terms)
-    which = {0: "all micro-batches", tokens: "no micro-batch: all fit without"}
-    which = which.get(plain, f"micro-batches over {plain:,} tokens; smaller ones fit without")
-    print(f"memory     gradient checkpointing for {which}")
-    if n_gpu > world == 1:
-        print(f"devices    take turns; at once: torchrun --nproc_per_node {n_gpu} sft_qwen2.py")
-    return Plan(device_map if torch.cuda.is_available() else None, plain)
+    if not training_args.gradient_checkpointing and plain < tokens:
+        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
+    if not args.tokens_per_forward and plain >= FAST_TOKENS_GPU:
+        budget = min(budget, plain)
+    which = {0: "all micro-batches", tokens: "none: they fit without"}
+    print(f"checkpoint {which.get(plain, f'micro-batches over {plain:,} tokens')}")
+    if len(capacities) > world == 1:
+        command = f"torchrun --nproc_per_node {len(capacities)} sft_qwen2.py"
+        print(f"devices    take turns; at once: {command}")
+    return Plan(device_map if torch.cuda.is_available() else None, budget, plain)
+
+
+def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
+    """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
+    if precision.compute == "fp32":
+        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
+    capability = (8, 0) if precision.compute == "bf16" else (7, 0)
+    single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
+    ways = memory_plan.what_would_fit(config, *tokens, precision, sharded, capacities, world)
+    if args.fp32 and memory_plan.fits(config, tokens[0], single, capacities):
+        ways.append("one process without --fp32")
+    raise UserError(f"too little memory; what would fit: {'; '.join(ways) or 'a smaller model'}")
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -650,9 +666,8 @@ class StepTrainer:
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
     def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
-        script, args = self.script_args, self.args
-        share = (args.process_index, args.world_size)
-        batches, trained_tokens = collate(rows, script.max_len, script.tokens_per_forward, *share)
+        share = (self.args.process_index, self.args.world_size)
+        batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
         return [self._prepare_inputs(batch) for batch in batches], trained_tokens
 
     def training_step(self, model, rows, num_items_in_batch=None):
@@ -667,6 +682,7 @@ class StepTrainer:
             loss_sum = torch.zeros((), device=self.args.device)
             try:
                 for i, batch in enumerate(batches, 1):
+                    self.choose_checkpointing(sum(batch["seq_lens"]))
                     with self.gradients_kept(model) if i < len(batches) else nullcontext():
                         divisor = trained_tokens / self.args.world_size
                         loss = model(**batch, num_items_in_batch=divisor)["loss"]
@@ -683,10 +699,16 @@ class StepTrainer:
             raise self.broken_step(f"its loss is {step_loss}", rows)
         self.control.should_training_stop |= self.agreed_signal() > 0
         self.rows = rows
-        lengths = np.array([len(row["input_ids"][: self.script_args.max_len]) for row in rows])
+        lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         flops = training_flops(self.model.config, self.num_parameters, lengths)
         self.work += [lengths.sum(), trained_tokens, flops]
         return loss_sum
+
+    def choose_checkpointing(self, tokens: int) -> None:
+        """Let layers be computed again on the way back only where memory asks for it."""
+        if self.args.gradient_checkpointing:
+            for layer in self.model.model.layers:
+                layer.gradient_checkpointing = tokens > self.plain_tokens
 
     def gradients_kept(self, model):
         """Return a context in which backward leaves gradients where they are, for later ones.
@@ -701,16 +723,23 @@ class StepTrainer:
         return int(self.accelerator.gather(number).max())
 
     def lower_budget(self, batches: list[dict]) -> None:
-        """Halve tokens_per_forward; raises UserError where that cannot help or others would not."""
+        """Checkpoint all layers, or if so already, halve tokens_per_forward.
+
+        Raises UserError where that cannot help or other processes would not do the same.
+        """
         largest = max((batch["seq_lens"] for batch in batches), key=sum)
         tokens, half = sum(largest), sum(largest) // 2
-        if len(largest) == 1:
-            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
         if self.args.world_size > 1:
             raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
-        print(f"memory     {tokens} tokens are too many for one forward pass; now at most {half}")
-        self.script_args.tokens_per_forward = half
-        self.log({"tokens_per_forward": half})
+        if self.plain_tokens and self.args.gradient_checkpointing:
+            self.plain_tokens = 0
+            print(f"memory     {tokens} tokens are too many without gradient checkpointing")
+        elif len(largest) == 1:
+            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
+        else:
+            self.tokens_per_forward = half
+            print(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
+        self.log({"tokens_per_forward": self.tokens_per_forward})
 
     def _clip_grad_norm(self, model):
         """Clip as Trainer does, and stop before NaN gradients reach the weights."""
@@ -809,7 +838,7 @@ class StepTrainer:
         tokens, trained, flops = (self.work - before) / (now - then)
         left = (self.state.max_steps - step) * (now - then) / (step - last_step)
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
-        if torch.cuda.is_available():
+        if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
             peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
             speed["mfu"] = flops / (peak * self.args.world_size)
@@ -827,7 +856,13 @@ def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
     return 6 * num_parameters * lengths.sum() + attention.sum()
 
 
-def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision: Precision):
+def sharded_policy(compute: str):
+    """Return FSDP's number formats. (accelerate's own would sum gradients in half precision.)"""
+    dtype = COMPUTE_DTYPES[compute]
+    return torch.distributed.fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+
+
+def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
@@ -854,11 +889,11 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
-    if trainer.is_fsdp_enabled:  # else half precision, for sums of gradients and for the loss too
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy
-        policy = policy(param_dtype=COMPUTE_DTYPES[precision.compute], reduce_dtype=torch.float32)
+    if trainer.is_fsdp_enabled:
+        policy = sharded_policy(precision.compute)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    trainer.script_args, trainer.num_parameters = script_args, model.num_parameters()
+    trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
+    trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
     trainer.work = np.zeros(3)  # tokens, trained tokens, FLOPs
     trainer.last_log = (time.time(), 0, trainer.work.copy())
     return trainer
@@ -898,9 +933,9 @@ def find_devices(gpus: str | None) -> tuple[list[float], tuple[int, int] | None]
     return [0.9 * psutil.virtual_memory().available], None  # the rest is for other programs
 
 
-def plan_steps(args: ScriptArguments, training_args, lengths: np.ndarray) -> None:
+def plan_steps(budget: int, training_args, lengths: np.ndarray) -> None:
     """Print how many optimizer steps there will be, and the forward passes of one."""
-    rows, budget = rows_per_step(training_args), args.tokens_per_forward
+    rows = rows_per_step(training_args)
     steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
     steps = training_args.max_steps if training_args.max_steps > 0 else steps
     sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
@@ -1023,13 +1058,11 @@ def prepare(args: ScriptArguments, training_args):
     shortest = {name: shortest[name][: args.max_len] for name in ("input_ids", "labels")}
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
     capacities, capability = find_devices(args.gpus)
-    world_size = training_args.world_size
-    precision = choose_precision(capability, world_size, args.fp32)
+    precision = choose_precision(capability, training_args.world_size, args.fp32)
     weights = str(precision.weights).removeprefix("torch.")
     print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")
-    plan_steps(args, training_args, lengths)
-    shares = world_size if capability else 1  # without GPUs, each process has the whole model
-    plan = plan_memory(config, args, precision, capacities, int(lengths.max()), shares)
+    plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
+    plan_steps(plan.tokens_per_forward, training_args, lengths)
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
@@ -1051,7 +1084,7 @@ def run(args: ScriptArguments, training_args) -> int:
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
     start_wandb(training_args)
-    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision)
+    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
     trainer.train_file = files["train"]
     samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
     if samples:

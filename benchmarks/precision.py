@@ -77,7 +77,8 @@ def make_trainer(model, tokenizer, rows, precision, **flags):
     flags |= {"max_len": MAX_LEN, "tokens_per_forward": 2048}
     argv = [str(text) for name, value in flags.items() for text in (f"--{name}", value)]
     args, training_args = sft_qwen2.parse_arguments(argv)
-    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision)
+    plan = sft_qwen2.Plan(None, args.tokens_per_forward, 0)
+    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
 
 
 def train(model, tokenizer, rows, precision, learning_rate, steps, rows_per_step) -> float:

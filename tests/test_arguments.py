@@ -28,7 +28,7 @@ def test_defaults_are_the_walk_throughs():
         "system_prompt": "你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
         "max_len": 8192,
         "overflow_strategy": "truncate",
-        "tokens_per_forward": 4 * 8192,
+        "tokens_per_forward": None,
     }
     assert {name: getattr(args, name) for name in expected} == expected
     expected = {
@@ -58,7 +58,7 @@ def test_flags_stand_above_the_file(tmp_path):
     values |= {"system_prompt": "--own \"'\n", "report_to": "none", "warmup_steps": 7}
     path.write_text(json.dumps(values))
     args, training_args = parse(path, "--max_len", 50, "--per_device_train_batch_size", 2)
-    assert (args.max_len, args.tokens_per_forward) == (50, 100)
+    assert (args.max_len, training_args.per_device_train_batch_size) == (50, 2)
     assert args.system_prompt == values["system_prompt"]
     assert training_args.learning_rate == 2e-5 and training_args.warmup_steps == 7
     assert training_args.gradient_checkpointing is False and training_args.report_to == []

@@ -305,6 +305,23 @@ def test_out_of_memory_changes_nothing_but_the_budget(run, finished, tmp_path, w
     assert all(sum(rows) <= budget or len(rows) == 1 for rows in seen[count:])
 
 
+def test_out_of_memory_brings_gradient_checkpointing_first(run, finished, tmp_path):
+    """Where micro-batches were thought to fit without it; the budget stays."""
+    seen = []
+
+    def change(trainer):
+        out_of_memory_in_forward(3)(trainer)
+        seen.append(trainer)
+
+    result = run(tmp_path, change, gradient_checkpointing=True)
+    assert result.code == 0, result.err
+    assert result.losses == pytest.approx(finished.losses, rel=1e-5)
+    assert "too many without gradient checkpointing" in result.out
+    assert "for one forward pass" not in result.out
+    assert seen[0].plain_tokens == 0 and seen[0].tokens_per_forward == BUDGET
+    assert all(layer.gradient_checkpointing for layer in seen[0].model.model.layers)
+
+
 def memory_for(tokens: int):
     def change(trainer):
         forward = trainer.model.forward

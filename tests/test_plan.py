@@ -4,19 +4,23 @@ import bisect
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers
 from conftest import ROOT
 
+import memory_plan
 import sft_qwen2
-from sft_qwen2 import GIB, choose_precision, place, split_layers, step_memory
+from memory_plan import GIB, largest_plain, parse_gpus, place, split_layers, step_memory
+from sft_qwen2 import choose_precision
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 TOKENS = 32768  # of a forward pass, as by default
@@ -47,6 +51,14 @@ def dir_7b(config_7b, tiny_model_dir, tmp_path_factory):
     for name in TOKENIZER_FILES:
         shutil.copy(tiny_model_dir / name, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def memory_benchmark():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import memory
+
+    return memory
 
 
 @pytest.fixture
@@ -196,7 +208,7 @@ def test_a_model_is_trained_over_a_map(folder, request, train, monkeypatch, writ
 
     flags = {**FLAGS, "save_strategy": "no"}
     plain = train(folder, rows, tmp_path / "plain", **flags)
-    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: cpu_map)
+    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan(cpu_map, 2048, 0))
     monkeypatch.setattr(sft_qwen2, "load_model", load_and_hook)
     mapped = train(folder, rows, tmp_path / "mapped", **flags)
     assert mapped.trainer.model.hf_device_map == cpu_map
@@ -206,23 +218,148 @@ def test_a_model_is_trained_over_a_map(folder, request, train, monkeypatch, writ
     assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
+# ---- What a step keeps, and whether it fits without checkpointing -------------------------------
+def test_planning_imports_neither_torch_nor_the_script():
+    code = "import sys, memory_plan; assert not {'torch', 'sft_qwen2', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_what_a_layer_keeps_is_what_autograd_saves(untied_model_dir):
+    """Byte for byte, of a real layer in fp32: all it saves for its backward pass, each once.
+
+    Besides, the formula leaves out a number per token and norm, and one per token and head. The
+    other formats have no kernel here, and are traced: benchmarks/memory.py.
+    """
+    model = sft_qwen2.load_model(untied_model_dir, torch.float32).train()
+    config, saved, now = model.config, {}, {}
+    for i, part in enumerate([*model.model.layers, model.model.norm]):
+        part.register_forward_pre_hook(lambda part, args, i=i: now.update(layer=i))
+
+    def save(tensor):
+        saved.setdefault(tensor.untyped_storage()._cdata, (now.get("layer"), tensor))
+        return tensor
+
+    row = (torch.arange(97).numpy() % 50, torch.arange(97).numpy() % 50)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        for parameter in model.parameters():
+            save(parameter)
+        model(**sft_qwen2.flatten([row]))
+    found = sum(x.untyped_storage().nbytes() for layer, x in saved.values() if layer == 1)
+    precision = choose_precision(None, 1, False)
+    layer = step_memory(config, 97, precision, checkpointing=False)["layer"]
+    layer -= memory_plan.count_parameters(config)["layer"] * precision.bytes_per_parameter
+    assert found - layer == 97 * 4 * (2 + config.num_attention_heads)
+
+
+@pytest.mark.parametrize(
+    "gpus, processes, capability, expected",  # tokens of the 7B
+    [
+        ("1x80", 1, AMPERE, range(4000, 5000)),
+        ("2x80,1x40", 1, AMPERE, range(17000, 23000)),
+        ("4x80", 1, AMPERE, range(33000, 38000)),
+        ("1x141", 1, AMPERE, range(13000, 15000)),
+        ("8x80", 8, AMPERE, range(8000, 10000)),
+        ("8x32", 1, VOLTA, range(15000, 18000)),
+        ("1x50", 1, AMPERE, range(1)),
+        ("2x64", 2, AMPERE, range(1)),
+    ],
+)
+def test_the_largest_micro_batch_without_checkpointing_is_that(
+    config_7b, gpus, processes, capability, expected
+):
+    """On every GPU it needs at most 90 %, with the layers where the map has them; one more not."""
+    precision, capacities = choose_precision(capability, processes, False), parse_gpus(gpus)
+    device_map, _ = place(config_7b, TOKENS, precision, capacities, processes)
+    terms = (precision, device_map, capacities, processes)
+    largest = largest_plain(config_7b, 10**6, *terms)
+    assert largest in expected
+    layers = [f"model.layers.{i}" for i in range(28)]
+    names = {"embedding": ["model.embed_tokens"], "layer": layers, "head": ["lm_head"]}
+
+    def fullest(tokens):
+        parts = step_memory(config_7b, tokens, precision, processes, checkpointing=False)
+        loads = [parts["work"]] * len(capacities)
+        for part, modules in names.items():
+            for module in modules:
+                for gpu in [device_map[module]] if device_map else range(processes):
+                    loads[gpu] += parts[part]
+        return max(load / room for load, room in zip(loads, capacities))
+
+    assert largest == 0 or fullest(largest) <= 0.9
+    assert fullest(largest + 1) > 0.9
+    for most in (1, largest // 2 + 1):
+        assert largest_plain(config_7b, most, *terms) == min(most, largest)
+
+
+def test_the_layers_stay_where_the_map_has_them(config_7b):
+    """With all of them on the first of four GPUs, the others are no help."""
+    precision = choose_precision(AMPERE, 1, False)
+    device_map, _ = place(config_7b, TOKENS, precision, [80 * GIB])
+    alone = largest_plain(config_7b, TOKENS, precision, device_map, [80 * GIB], 1)
+    assert alone == largest_plain(config_7b, TOKENS, precision, device_map, [80 * GIB] * 4, 1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("gpu", ["A100", "A100 --fp32", "V100", "CPU", "8 x A100", "8 x V100"])
+def test_the_formula_is_what_a_trace_shows(gpu, checkpointing, memory_benchmark):
+    """Of 4 layers, what a step needs besides weights, gradients and state; never much too little.
+
+    Whole models take minutes: benchmarks/memory.py.
+    """
+    capability, world, fp32, *_ = TABLE[gpu]
+    precision = choose_precision(capability, world, fp32)
+    config = memory_benchmark.make_config("1.5B")
+    config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 4, 16384, False
+    options = {"checkpointing": checkpointing, "world": world}
+    traced = memory_benchmark.trace(config, 4096, precision, **options)["peak"]
+    parts = step_memory(config, 4096, precision, **options)
+    (formula,) = memory_plan.device_loads(config, parts, None, 1)
+    parameters = memory_plan.count_parameters(config)["model"]
+    fixed = parameters * precision.bytes_per_parameter
+    if world > 1:
+        fixed /= world
+    ratio = (formula - fixed) / (traced - fixed)
+    print(f"\n{gpu}, checkpointing {checkpointing}: {ratio:.3f} of the trace")
+    assert 0.97 <= ratio <= (1.2 if world > 1 else 1.05)
+
+
+def test_processes_share_weights_and_state_but_not_activations(config_7b):
+    """Of 8, each holds an eighth of them, and whole: activations, and what is computed with."""
+    precision = choose_precision(AMPERE, 8, False)
+    parameters = 7_615_616_512
+    small, large = (place(config_7b, n, precision, [80 * GIB] * 8, 8)[1] for n in (1024, 32768))
+    assert len(large) == 8 and len({*large}) == 1
+    shards = parameters * 16 / 8
+    table, layer = 2 * 152064 * 3584, 2 * 233_057_792
+    assert small[0] > shards + 3 * table
+    kept = 28 * 32768 * 3584 * 2  # each layer's input
+    work = 32768 * (12 * 18944 + 4 * 512 + 22 * 3584)
+    assert large[0] == pytest.approx(shards + kept + work + table + 5 * layer, rel=0.001)
+
+
 @pytest.mark.parametrize("given", ["balanced", "sequential", '{"": "cpu"}', '{"model": 0}'])
-def test_a_device_map_of_ones_own_is_passed_on(
+def test_a_device_map_of_ones_own_is_passed_on_and_not_planned(
     given, run_main, monkeypatch, tiny_model_dir, write_rows, tmp_path
 ):
-    seen = {}
+    """On a machine too small for ours: nothing is said of devices that the map may not use."""
+    seen, plan_memory = {}, sft_qwen2.plan_memory
 
     def from_pretrained(*args, **kwargs):
         seen.update(kwargs)
         raise sft_qwen2.UserError("seen")
 
     monkeypatch.setattr(transformers.Qwen2ForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: {"": 0})
+    monkeypatch.setattr(sft_qwen2, "plan_memory", lambda *args: sft_qwen2.Plan({"": 0}, 2048, 0))
     argv = ["--model_name_or_path", tiny_model_dir, "--data_path", write_rows(ROWS)]
     argv += ["--output_dir", tmp_path, "--report_to", "none"]
     assert run_main(*argv)[0] == 1 and seen["device_map"] == {"": 0}
-    assert run_main(*argv, "--device_map", given)[0] == 1
+    monkeypatch.setattr(sft_qwen2, "plan_memory", plan_memory)
+    monkeypatch.setattr(sft_qwen2, "find_devices", lambda gpus: ([1.0], None))
+    code, out, err = run_main(*argv, "--device_map", given)
+    assert code == 1 and err == "error: seen\n"
     assert seen["device_map"] == (json.loads(given) if given.startswith("{") else given)
+    lines = [line for line in out.splitlines() if line.startswith("memory")]
+    assert lines == ["memory     not planned: the device map is your own"]
 
 
 # ---- Precision ----------------------------------------------------------------------------------
@@ -249,7 +386,8 @@ def make_trainer(model_dir, tokenizer, precision, output_dir, **flags):
     args, training_args = sft_qwen2.parse_arguments(argv)
     model = sft_qwen2.load_model(model_dir, precision.weights)
     rows = {"train": [{}] * 8}
-    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision)
+    plan = sft_qwen2.Plan(None, 2048, 0)
+    return sft_qwen2.build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -421,22 +559,91 @@ def test_a_dry_run_tells_all(dry_run, gpus, precision, num_devices, checkpoint):
     assert float(needed) == pytest.approx(size, rel=0.01) and kept == "3"
 
 
-def test_a_dry_run_without_gpus_plans_for_memory(dry_run, monkeypatch):
-    sysconf, pages = os.sysconf, {"SC_PHYS_PAGES": 200 * GIB // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name) or sysconf(name))
+def test_a_dry_run_without_gpus_plans_for_the_memory_that_is_free(dry_run, monkeypatch):
+    """What other programs hold is not there, what the page cache holds is; a tenth stays free."""
+    memory = SimpleNamespace(total=900 * GIB, available=200 * GIB, free=GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     code, out, err = dry_run()
     assert (code, err) == (0, "")
     assert "precision  fp32 over float32 weights (no GPU)\n" in out
-    assert re.search(r"device 0: [\d.]+ of 200.0 GiB\n", out)
-    pages["SC_PHYS_PAGES"] //= 10
+    assert re.search(r"device 0: [\d.]+ of 180.0 GiB\n", out)
+    memory.available //= 10
     code, out, err = dry_run()
     assert code == 1 and err.startswith("error: too little memory; to plan for another machine: ")
+
+
+@pytest.mark.parametrize(
+    "gpus, budget, said",
+    [
+        ("1x80", 32768, r"micro-batches over 4,\d{3} tokens"),
+        ("4x80", 32768, r"none: they fit without"),
+        ("1x80", 2048, r"none: they fit without"),
+        ("1x50", 1024, r"all micro-batches"),
+    ],
+)
+def test_the_plan_says_where_checkpointing_is_needed(
+    dry_run, gpus, budget, said, config_7b, capsys
+):
+    """The same number is in the Plan, of which the trainer is to make use."""
+    code, out, _ = dry_run("--gpus", gpus, "--tokens_per_forward", budget)
+    assert code == 0
+    (line,) = re.findall(r"checkpoint (.*)\n", out)
+    assert re.fullmatch(said, line)
+    arguments = sft_qwen2.parse_arguments(["--tokens_per_forward", str(budget)])
+    precision, capacities = choose_precision(AMPERE, 1, False), parse_gpus(gpus)
+    plan = sft_qwen2.plan_memory(config_7b, *arguments, precision, capacities, 566)
+    assert capsys.readouterr().out in out
+    device_map, _ = place(config_7b, budget, precision, capacities)
+    assert plan.device_map is None  # no GPU here
+    assert plan.tokens_per_forward == budget
+    assert plan.plain_tokens == largest_plain(
+        config_7b, budget, precision, device_map, capacities, 1
+    )
+
+
+def test_a_row_longer_than_the_budget_is_planned_for(config_7b, capsys):
+    """It makes a micro-batch of its own."""
+    arguments = sft_qwen2.parse_arguments(["--tokens_per_forward", "512"])
+    terms = (choose_precision(AMPERE, 1, False), [80 * GIB] * 4)
+    plan = sft_qwen2.plan_memory(config_7b, *arguments, *terms, 30000)
+    _, loads = place(config_7b, 30000, *terms)
+    assert f"device 0: {loads[0] / GIB:.1f} of 80.0 GiB" in capsys.readouterr().out
+    assert plan.plain_tokens == 30000
+
+
+@pytest.mark.parametrize(
+    "capability, gib, budget", [(AMPERE, 80, 4000), (AMPERE, 65, 32768), (None, 200, 2048)]
+)
+def test_micro_batches_are_as_large_as_is_fastest(config_7b, capability, gib, budget):
+    """Where enough tokens fit without computing layers twice, no more than these at once."""
+    precision, capacities = choose_precision(capability, 1, False), [gib * GIB]
+    plan = sft_qwen2.plan_memory(
+        config_7b, *sft_qwen2.parse_arguments([]), precision, capacities, 566
+    )
+    assert budget <= plan.tokens_per_forward <= budget * 1.25
+    assert plan.plain_tokens == plan.tokens_per_forward or capability is None or gib == 65
+
+
+def test_without_gradient_checkpointing_all_must_fit(dry_run):
+    flags = ("--gpus", "1x80", "--gradient_checkpointing", "False")
+    code, _, err = dry_run(*flags)
+    assert code == 1 and "without gradient checkpointing" in err
+    assert dry_run(*flags, "--tokens_per_forward", "4096")[0] == 0
+
+
+def test_without_gpus_each_process_has_the_whole_model(dry_run, monkeypatch, config_7b):
+    """Nothing is sharded there: what is planned for one of two is what is planned for one."""
+    memory = SimpleNamespace(available=200 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    alone = re.findall(r"device 0: ([\d.]+) of", dry_run()[1])
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
+    assert re.findall(r"device 0: ([\d.]+) of", dry_run()[1]) == alone != []
 
 
 def test_what_is_said_to_fit_fits_and_no_less(dry_run, config_7b):
     """Each remedy of a refusal is tried: it is enough, and the next smaller one is not."""
     code, out, err = dry_run("--gpus", "4x32")
-    assert code == 1 and "device 3: 31" in out
+    assert code == 1 and "device 3: 32" in out
     found = re.fullmatch(
         r"error: too little memory; what would fit: --tokens_per_forward (\d+); (\d+) such GPUs; "
         r"torchrun --nproc_per_node (\d+) with --tokens_per_forward (\d+)\n",
@@ -454,6 +661,15 @@ def test_what_is_said_to_fit_fits_and_no_less(dry_run, config_7b):
         return max(loads) <= 0.95 * 32 * GIB
 
     assert fits(processes) and not fits(processes - 1)
+
+
+def test_no_budget_is_offered_below_the_longest_row(config_7b):
+    """It would have a micro-batch of its own, of more tokens than that."""
+    single, sharded = (choose_precision(VOLTA, processes, False) for processes in (1, 2))
+    for longest, offered in ((16384, True), (16385, False)):
+        terms = (TOKENS, longest, single, sharded, [32 * GIB] * 4, 1)
+        ways = memory_plan.what_would_fit(config_7b, *terms)
+        assert ("--tokens_per_forward 16384" in ways) == offered
 
 
 @pytest.mark.parametrize("gpus", ["1x80", "4x32"])
