@@ -92,8 +92,7 @@ class Clock(transformers.TrainerCallback):
 
     def __init__(self, trainer):
         self.boundaries, self.on_gpu = [], trainer.args.device.type == "cuda"
-        self.loss = self.trained = torch.zeros((), device=trainer.args.device)
-        self.computed = self.layer_tokens = 0
+        self.loss, self.trained, self.computed, self.layer_tokens = 0.0, 0, 0, 0
         self.training_step, trainer.training_step = trainer.training_step, self.watch_step
         trainer.model.register_forward_pre_hook(self.count, with_kwargs=True)
         # Checkpointing repeats what is inside a layer; a hook on the layer itself sees it once.
@@ -397,6 +396,7 @@ def main() -> int:
             for name in CONTENDERS:
                 rates.append(matmul_rate())
                 results[name].append(run_in_own_process(name, task))
+                print(f"ran        {name}: {results[name][-1].seconds:.1f} s", flush=True)
     timed, rate = task.rows[args.rows_per_step :], statistics.median(rates)
     own = results["this trainer"]
     seconds = statistics.median(run.seconds for run in own)
