@@ -1,9 +1,8 @@
 """What a training step needs of each GPU, and which GPU holds what: arithmetic, without torch.
 
-sft_qwen2.py plans with it before anything is loaded, and benchmarks/memory.py holds it against
-traced steps. Sizes are in bytes. `config` is the model's, `capacities` are the free bytes of each
-device, and `precision` is sft_qwen2.Precision: how many bytes a weight takes, the format that
-matrices are multiplied in, and the bytes of a weight, its gradient and its AdamW state.
+benchmarks/memory.py holds it against traced steps. Sizes are in bytes. `config` is the model's,
+`capacities` are the free bytes of each device, and `precision` is sft_qwen2.Precision: the dtype of
+weights, the format of products, and the bytes of a weight, its gradient and its AdamW state.
 """
 
 import bisect
@@ -14,6 +13,7 @@ import math
 GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
 COMPUTE_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+LOGIT_SIZE = {"bf16": 8, "fp16": 2}  # of half-precision losses; in bf16, fp32 and two casts
 LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
 USABLE = 0.95  # of a device's free memory: the rest is CUDA's own
 USABLE_PLAIN = 0.90  # without checkpointing, where most is activations: the allocator leaves gaps
@@ -26,8 +26,7 @@ def parse_gpus(gpus: str) -> list[int]:
 
 
 # ---- What a step needs --------------------------------------------------------------------------
-def kv_size(config) -> int:
-    """Return the width of all keys of a layer, which is that of its values."""
+def kv_size(config) -> int:  # the width of a layer's keys, and of its values
     return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
 
 
@@ -72,26 +71,29 @@ def step_memory(config, tokens: int, precision, world: int = 1, checkpointing: b
     """
     layer, weight = count_parameters(config)["layer"], precision.weights.itemsize
     stream, each = weight, precision.bytes_per_parameter
-    if world > 1:  # FSDP2 deals out weights, gradients and AdamW state, and gathers weights in
-        stream = COMPUTE_SIZE[precision.compute]  # the format of the products
-        each, weight = each / world, stream
+    if world > 1:  # FSDP2 shares out weights, gradients and state, and casts weights it gathers
+        stream = weight = COMPUTE_SIZE[precision.compute]
+        each /= world
     kept, work = layer_activations(config, tokens, precision.compute, stream)
     if checkpointing:
         checkpoint = tokens * config.hidden_size * stream
         work += kept - (checkpoint if stream == 4 else 0)  # in fp32, it is a norm's input as well
         kept = checkpoint
-    # The loss: the head's gradient; a chunk of logits (in bf16, fp32 ones and two copies) or later
-    # that gradient scaled; at most every position's last state, normed and picked, with gradient.
+    # The loss: the head's gradient, a chunk of logits, and at most every position's last state,
+    # normed and picked, with its gradient. In fp32 the head's gradient is scaled in the end.
     matrix = config.vocab_size * config.hidden_size
     table, chunk = matrix * weight, min(LOSS_CHUNK, tokens) * config.vocab_size
-    loss = table + max(table, chunk * (8 if weight == 2 else 4))
-    loss += tokens * config.hidden_size * (4 * weight + 4)
+    logits = chunk * (LOGIT_SIZE[precision.compute] if weight == 2 else 4)
+    loss = table + tokens * config.hidden_size * (4 * weight + 4)
     tied = table if config.tie_word_embeddings else 0  # its gradient waits for the embedding's
-    if world > 1:
-        # At the loss: the gathered head, and a copy of its gradient, in fp32 to be summed up. In a
-        # layer: weights of this and the next, and its gradients with such a copy.
-        loss += table + 2 * table
-        work += table + layer * (3 * weight + 4)
+    if world == 1:
+        loss += max(logits, table if weight == 4 else 0)
+    else:
+        # Gathered: the head, and weights of this layer and the next, with gradients of one. The
+        # gradient of an untied head is sent in fp32, and its share comes back as this layer begins.
+        sent = 0 if tied else matrix * 4
+        loss += max(table + logits, sent + sent / world) + 3 * layer * weight
+        work += max(table, sent) + 3 * layer * weight
     return {
         "embedding": matrix * each + max(0, table - work),  # its gradient comes last
         "layer": layer * each + kept,
@@ -144,12 +146,14 @@ def device_loads(config, parts: dict, device_map: dict | None, num_devices: int)
     return loads
 
 
-def place(config, tokens: int, precision, capacities: list[float], world: int = 1):
+def place(
+    config, tokens: int, precision, capacities: list[float], world: int = 1, checkpointing=True
+):
     """Return (device map, bytes needed on each device): whole layers in order, as even as can be.
 
     Several processes have no map: each has its share of the parameters, and all activations.
     """
-    parts = step_memory(config, tokens, precision, world)
+    parts = step_memory(config, tokens, precision, world, checkpointing)
     if world > 1:
         return None, device_loads(config, parts, None, world)
     costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
@@ -181,6 +185,18 @@ def largest_plain(config, most: int, precision, device_map, capacities: list[flo
         return any(load > USABLE_PLAIN * room for load, room in zip(loads, capacities))
 
     return bisect.bisect_left(range(1, most + 1), True, key=is_too_large)
+
+
+def peak_loads(config, tokens: int, plain: int, precision, device_map, capacities, world: int):
+    """Return the bytes needed on each device for micro-batches of up to `tokens` tokens.
+
+    Those of up to `plain` tokens are without checkpointing.
+    """
+    cases = [(min(tokens, plain), False)] if plain else []
+    cases += [(tokens, True)] if tokens > plain else []
+    parts = (step_memory(config, most, precision, world, again) for most, again in cases)
+    loads = [device_loads(config, part, device_map, len(capacities)) for part in parts]
+    return [max(device) for device in zip(*loads)]
 
 
 def what_would_fit(config, tokens: int, longest: int, precision, sharded, capacities, world: int):

@@ -58,6 +58,7 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, arou
 FAST_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
 FAST_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
 ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
+OLDEST = {"bf16": (8, 0), "fp16": (7, 0)}  # least compute capability for which this is chosen
 STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
@@ -533,6 +534,9 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
+        if torch.is_autocast_enabled(head.device.type):  # it would leave this product in fp32
+            dtype = torch.get_autocast_dtype(head.device.type)
+            hidden, head = hidden.to(dtype), head.to(dtype)
         chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
         options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
         # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
@@ -614,32 +618,43 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
         return Plan(args.device_map, budget, 0)
     tokens = max(budget, longest)
     device_map, loads = memory_plan.place(config, tokens, precision, capacities, world)
-    for gpu, (load, room) in enumerate(zip(loads, capacities)):
-        parts = [part for part, at in (device_map or {}).items() if at == gpu]
-        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
-        print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
     if not memory_plan.fits(config, tokens, precision, capacities, world):
+        print_loads(loads, capacities, device_map)
         refuse_plan(config, args, precision, capacities, (tokens, longest), world)
-    terms = (tokens, precision, device_map, capacities, world)
-    plain = memory_plan.largest_plain(config, *terms)
+    terms = (precision, device_map, capacities, world)
+    plain = memory_plan.largest_plain(config, tokens, *terms)
     if not training_args.gradient_checkpointing and plain < tokens:
         raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
     if not args.tokens_per_forward and plain >= FAST_TOKENS_GPU:
         budget = min(budget, plain)
-    which = {0: "all micro-batches", tokens: "none: they fit without"}
-    print(f"checkpoint {which.get(plain, f'micro-batches over {plain:,} tokens')}")
-    if len(capacities) > world == 1:
-        command = f"torchrun --nproc_per_node {len(capacities)} sft_qwen2.py"
+    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
+    loads = memory_plan.peak_loads(config, max(budget, longest), plain, *terms)
+    if plain >= max(budget, longest):  # then another split is the most even
+        which = "no micro-batch: all fit without"
+        terms = (precision, capacities, world, False)
+        device_map, loads = memory_plan.place(config, max(budget, longest), *terms)
+    print_loads(loads, capacities, device_map)
+    print(f"checkpoint {which}")
+    if (gpus := len(capacities)) > world == 1:
+        sharded = choose_precision(OLDEST[precision.compute], gpus, False)
+        each = memory_plan.place(config, tokens, sharded, capacities, gpus)[1][0] / GIB
+        command = f"torchrun --nproc_per_node {gpus} sft_qwen2.py (from {each:.1f} GiB each)"
         print(f"devices    take turns; at once: {command}")
     return Plan(device_map if torch.cuda.is_available() else None, budget, plain)
+
+
+def print_loads(loads: list[float], capacities: list[float], device_map: dict | None) -> None:
+    for gpu, (load, room) in enumerate(zip(loads, capacities)):
+        parts = [part for part, at in (device_map or {}).items() if at == gpu]
+        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
+        print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
 
 
 def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
     """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
     if precision.compute == "fp32":
         raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-    capability = (8, 0) if precision.compute == "bf16" else (7, 0)
-    single, sharded = (choose_precision(capability, n, False) for n in (1, 2))
+    single, sharded = (choose_precision(OLDEST[precision.compute], n, False) for n in (1, 2))
     ways = memory_plan.what_would_fit(config, *tokens, precision, sharded, capacities, world)
     if args.fp32 and memory_plan.fits(config, tokens[0], single, capacities):
         ways.append("one process without --fp32")
@@ -665,6 +680,19 @@ class StepTrainer:
         options = {"use_seedable_sampler": True, "data_seed": seed}
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Return Trainer's schedule, from its second rate on: a warm-up's first is 0.
+
+        The rows of that step would not be trained.
+        """
+        warm_up = self.args.get_warmup_steps(num_training_steps) > 0
+        scheduler = super().create_scheduler(num_training_steps + warm_up, optimizer)
+        if warm_up:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, to step the optimizer first
+                scheduler.step()
+        return scheduler
+
     def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
         share = (self.args.process_index, self.args.world_size)
         batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
@@ -683,6 +711,7 @@ class StepTrainer:
             try:
                 for i, batch in enumerate(batches, 1):
                     self.choose_checkpointing(sum(batch["seq_lens"]))
+                    self.accelerator.sync_gradients = i == len(batches)  # for DeepSpeed
                     with self.gradients_kept(model) if i < len(batches) else nullcontext():
                         divisor = trained_tokens / self.args.world_size
                         loss = model(**batch, num_items_in_batch=divisor)["loss"]
@@ -822,7 +851,7 @@ class StepTrainer:
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and sys.stderr.isatty():
-            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, unit="step")
+            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, initial=step)
             self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
@@ -919,13 +948,17 @@ def quiet_libraries() -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def find_devices(gpus: str | None) -> tuple[list[float], tuple[int, int] | None]:
-    """Return the free bytes of each device to plan for, and their least compute capability."""
+def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
+    """Return the free bytes of each device to plan for, and their least compute capability.
+
+    Of several processes each looks at its own GPU, and takes the others' for the same.
+    """
     if gpus:
         capacities = memory_plan.parse_gpus(gpus)
-        return capacities, (8, 0) if min(capacities) > 32 * GIB else (7, 0)  # 32 GiB: a V100
+        return capacities, OLDEST["bf16" if min(capacities) > 32 * GIB else "fp16"]  # 32: a V100
     if torch.cuda.is_available():
-        ids = range(torch.cuda.device_count())
+        world_size, own = training_args.world_size, training_args.device.index
+        ids = [own] * world_size if world_size > 1 else range(torch.cuda.device_count())
         capability = min(torch.cuda.get_device_capability(i) for i in ids)
         return [torch.cuda.mem_get_info(i)[0] for i in ids], capability
     import psutil  # comes with accelerate
@@ -1057,7 +1090,7 @@ def prepare(args: ScriptArguments, training_args):
     shortest = rows["train"][int(lengths.argmin())]
     shortest = {name: shortest[name][: args.max_len] for name in ("input_ids", "labels")}
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
-    capacities, capability = find_devices(args.gpus)
+    capacities, capability = find_devices(args.gpus, training_args)
     precision = choose_precision(capability, training_args.world_size, args.fp32)
     weights = str(precision.weights).removeprefix("torch.")
     print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")

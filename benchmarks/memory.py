@@ -66,6 +66,21 @@ class ModuleStats(WeakIdKeyDictionary):
         return []
 
 
+def chunk_of_logits(num_rows: int, head) -> list[torch.Tensor]:
+    """Return what the loss's kernel has on CUDA: in bf16, fp32 logits and two casts of them."""
+    dtypes = {torch.bfloat16: [torch.float32, torch.bfloat16, torch.bfloat16]}
+    dtypes = dtypes.get(head.dtype, [head.dtype])
+    return [torch.empty(num_rows, head.shape[0], dtype=dtype) for dtype in dtypes]
+
+
+def loss_gradients(hidden, head, targets, *options, loss_grad_output):
+    """Return the gradients of single losses with what this takes on CUDA, not on the CPU."""
+    logits = chunk_of_logits(min(memory_plan.LOSS_CHUNK, len(hidden)), head)
+    gradients = (torch.empty_like(hidden), torch.empty_like(head))
+    del logits
+    return None, *gradients, None
+
+
 class GpuKernels(TorchDispatchMode):
     """What shapes do not show: memory inside CUDA kernels, and the number of answer tokens."""
 
@@ -80,12 +95,8 @@ class GpuKernels(TorchDispatchMode):
             dtypes = [torch.float32, args[1].dtype, args[1].dtype]
             buffers = [torch.empty(shape, dtype=dtype) for dtype in dtypes]
         elif func.name().startswith("torch_nn::_linear_cross_entropy_batch_chunked"):
-            # acc_policy "auto" on CUDA is "compact": fp32 logits, for bf16 also two casts of them.
             chunk = args[6] if func.name().endswith("no_reduction") else args[8]
-            shape = (chunk, args[1].shape[0])
-            copies = 2 if args[0].dtype == torch.bfloat16 else 0
-            dtypes = [torch.float32, *[torch.bfloat16] * copies]
-            buffers = [torch.empty(shape, dtype=dtype) for dtype in dtypes]
+            buffers = chunk_of_logits(chunk, args[1])
         elif len(args) > 1 and isinstance(args[1], list | tuple) and len(args[1]) == 1:
             mask = args[1][0]  # hidden[trained] and its gradient: how many, no fake mask can say
             if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
@@ -125,8 +136,10 @@ def process_of(world: int):
         yield None
         return
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    yield torch.distributed.init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
-    torch.distributed.destroy_process_group()
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def shard(model, compute: str, mesh):
@@ -178,6 +191,11 @@ def trace(
         FakeTensorMode(),  # on the CPU, where PyTorch without CUDA can go backward
         mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: True)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
+        mock.patch.object(
+            torch.nn.modules.linear_cross_entropy,
+            "_linear_cross_entropy_batch_chunked_accumulator",
+            loss_gradients,
+        ),
     ):
         model = make_model(config, precision.weights, usual, checkpointing)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())

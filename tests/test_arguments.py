@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import sft_qwen2
 
-SCRIPTS = [path for path in (ROOT / "sft_qwen2.py", ROOT / "token_stats.py") if path.exists()]
+SCRIPTS = [ROOT / name for name in ("sft_qwen2.py", "memory_plan.py", "token_stats.py")]
 
 
 def parse(*argv):

@@ -66,7 +66,7 @@ def pretend(monkeypatch):
     """A function: let the script find a GPU of this compute capability; all runs on the CPU."""
 
     def pretend(capability):
-        monkeypatch.setattr(sft_qwen2, "find_devices", lambda gpus: ([64 * GIB], capability))
+        monkeypatch.setattr(sft_qwen2, "find_devices", lambda *args: ([64 * GIB], capability))
 
     return pretend
 
@@ -354,7 +354,7 @@ def test_a_device_map_of_ones_own_is_passed_on_and_not_planned(
     argv += ["--output_dir", tmp_path, "--report_to", "none"]
     assert run_main(*argv)[0] == 1 and seen["device_map"] == {"": 0}
     monkeypatch.setattr(sft_qwen2, "plan_memory", plan_memory)
-    monkeypatch.setattr(sft_qwen2, "find_devices", lambda gpus: ([1.0], None))
+    monkeypatch.setattr(sft_qwen2, "find_devices", lambda *args: ([1.0], None))
     code, out, err = run_main(*argv, "--device_map", given)
     assert code == 1 and err == "error: seen\n"
     assert seen["device_map"] == (json.loads(given) if given.startswith("{") else given)
@@ -418,7 +418,8 @@ def test_the_gpus_capability_is_what_counts(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((70 + gpu) * GIB, 80 * GIB))
-    free, least = sft_qwen2.find_devices(None)
+    process = SimpleNamespace(world_size=1, device=torch.device("cuda", 0))
+    free, least = sft_qwen2.find_devices(None, process)
     assert free == [70 * GIB, 71 * GIB] and least == capability
     assert choose_precision(least, 1, False).compute == ("bf16" if capability >= AMPERE else "fp16")
 
@@ -576,8 +577,8 @@ def test_a_dry_run_without_gpus_plans_for_the_memory_that_is_free(dry_run, monke
     "gpus, budget, said",
     [
         ("1x80", 32768, r"micro-batches over 4,\d{3} tokens"),
-        ("4x80", 32768, r"none: they fit without"),
-        ("1x80", 2048, r"none: they fit without"),
+        ("4x80", 32768, r"no micro-batch: all fit without"),
+        ("1x80", 2048, r"no micro-batch: all fit without"),
         ("1x50", 1024, r"all micro-batches"),
     ],
 )
@@ -606,7 +607,7 @@ def test_a_row_longer_than_the_budget_is_planned_for(config_7b, capsys):
     arguments = sft_qwen2.parse_arguments(["--tokens_per_forward", "512"])
     terms = (choose_precision(AMPERE, 1, False), [80 * GIB] * 4)
     plan = sft_qwen2.plan_memory(config_7b, *arguments, *terms, 30000)
-    _, loads = place(config_7b, 30000, *terms)
+    _, loads = place(config_7b, 30000, *terms, checkpointing=False)
     assert f"device 0: {loads[0] / GIB:.1f} of 80.0 GiB" in capsys.readouterr().out
     assert plan.plain_tokens == 30000
 

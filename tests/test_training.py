@@ -96,11 +96,12 @@ def test_a_plain_loop_gives_the_same_losses(runs, untied_model_dir):
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.003}, {"params": others, "weight_decay": 0.0}]
     optimizer, num_steps = torch.optim.AdamW(groups, lr=0.0), len(run.steps)
-    warmup = math.ceil(0.03 * num_steps)
+    num_rates = num_steps + 1  # the first one, zero, is left out
+    warmup = math.ceil(0.03 * num_rates)
     losses, norms = [], []
     for step, rows in enumerate(run.steps):
-        share = (step - warmup) / (num_steps - warmup)
-        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
+        share = (step + 1 - warmup) / (num_rates - warmup)
+        rate = (step + 1) / warmup if step + 1 < warmup else 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = FLAGS["learning_rate"] * rate
         labels = [torch.tensor(row["labels"][: FLAGS["max_len"]]) for row in rows]
