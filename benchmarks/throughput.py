@@ -180,7 +180,7 @@ def own_arguments(flags: dict) -> tuple:
 
 def make_plan(config, args, training_args, precision, longest: int) -> sft_qwen2.Plan:
     """Return the script's own plan of micro-batches, without its printing it."""
-    capacities, _ = sft_qwen2.find_devices(None)
+    capacities, _ = sft_qwen2.find_devices(args.gpus, training_args)
     with contextlib.redirect_stdout(io.StringIO()):
         return sft_qwen2.plan_memory(config, args, training_args, precision, capacities, longest)
 
