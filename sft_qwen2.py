@@ -871,8 +871,8 @@ class StepTrainer:
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
         if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
-            peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
-            speed |= {"mfu": flops / (peak * self.args.world_size) for peak in peaks[:1]}
+            if peak := next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None):
+                speed["mfu"] = flops / (peak * self.args.world_size)
             speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
         return {**speed, "seconds_left": round(left)}
 
