@@ -13,7 +13,7 @@ import math
 GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
 COMPUTE_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOGIT_SIZE = {"bf16": 8, "fp16": 2}  # of half-precision losses; in bf16, fp32 and two casts
+LOGIT_SIZE = {"bf16": 8, "fp16": 2, "fp32": 4}  # in bf16: of one in fp32, and of two casts
 LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
 USABLE = 0.95  # of a device's free memory: the rest is CUDA's own
 USABLE_PLAIN = 0.90  # without checkpointing, where most is activations: the allocator leaves gaps
@@ -79,23 +79,24 @@ def step_memory(config, tokens: int, precision, world: int = 1, checkpointing: b
         checkpoint = tokens * config.hidden_size * stream
         work += kept - (checkpoint if stream == 4 else 0)  # in fp32, it is a norm's input as well
         kept = checkpoint
-    # The loss: the head's gradient, a chunk of logits, and at most every position's last state,
-    # normed and picked, with its gradient. In fp32 the head's gradient is scaled in the end.
-    matrix = config.vocab_size * config.hidden_size
-    table, chunk = matrix * weight, min(LOSS_CHUNK, tokens) * config.vocab_size
-    logits = chunk * (LOGIT_SIZE[precision.compute] if weight == 2 else 4)
-    loss = table + tokens * config.hidden_size * (4 * weight + 4)
-    tied = table if config.tie_word_embeddings else 0  # its gradient waits for the embedding's
-    if world == 1:
-        loss += max(logits, table if weight == 4 else 0)
-    else:
-        # Gathered: the head, and weights of this layer and the next, with gradients of one. The
-        # gradient of an untied head is sent in fp32, and its share comes back as this layer begins.
-        sent = 0 if tied else matrix * 4
-        loss += max(table + logits, sent + sent / world) + 3 * layer * weight
-        work += max(table, sent) + 3 * layer * weight
+    # The loss: the head's gradient in the format of products, and at most every position's last
+    # state, normed and picked, with its gradient. Besides a chunk of logits and, where weights are
+    # cast, those of the head; or later the gradient once more in fp32, cast or scaled.
+    size, matrix = COMPUTE_SIZE[precision.compute], config.vocab_size * config.hidden_size
+    chunk = min(LOSS_CHUNK, tokens) * config.vocab_size * LOGIT_SIZE[precision.compute]
+    fp32 = matrix * 4 if precision.weights.itemsize == 4 else 0
+    tied = matrix * weight if config.tie_word_embeddings else 0  # waits for the embedding's
+    loss = tokens * config.hidden_size * (4 * weight + 4)
+    if world > 1:
+        # In fp32 a gradient is sent, and its share comes back; a tied head's only in the end. And
+        # there are weights of this layer and the next, and gradients of one.
+        fp32 = 0 if tied else fp32
+        loss += fp32 / world + 3 * layer * weight
+        work += max(matrix * weight, fp32) + 3 * layer * weight
+    cast = matrix * size if size < precision.weights.itemsize else 0
+    loss += matrix * size + max(cast + chunk, fp32)
     return {
-        "embedding": matrix * each + max(0, table - work),  # its gradient comes last
+        "embedding": matrix * each + max(0, matrix * weight - work),  # comes last
         "layer": layer * each + kept,
         "head": (0 if tied else matrix * each) + max(tied, loss - work),
         "work": work,

@@ -260,7 +260,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(untied_model_dir):
         ("1x141", 1, AMPERE, range(13000, 15000)),
         ("8x80", 8, AMPERE, range(8000, 10000)),
         ("8x32", 1, VOLTA, range(15000, 18000)),
-        ("1x50", 1, AMPERE, range(1)),
+        ("1x48", 1, AMPERE, range(1)),
         ("2x64", 2, AMPERE, range(1)),
     ],
 )
@@ -334,7 +334,7 @@ def test_processes_share_weights_and_state_but_not_activations(config_7b):
     assert small[0] > shards + 3 * table
     kept = 28 * 32768 * 3584 * 2  # each layer's input
     work = 32768 * (12 * 18944 + 4 * 512 + 22 * 3584)
-    assert large[0] == pytest.approx(shards + kept + work + table + 5 * layer, rel=0.001)
+    assert large[0] == pytest.approx(shards + kept + work + 2 * table + 3 * layer, rel=0.001)
 
 
 @pytest.mark.parametrize("given", ["balanced", "sequential", '{"": "cpu"}', '{"model": 0}'])
@@ -579,7 +579,7 @@ def test_a_dry_run_without_gpus_plans_for_the_memory_that_is_free(dry_run, monke
         ("1x80", 32768, r"micro-batches over 4,\d{3} tokens"),
         ("4x80", 32768, r"no micro-batch: all fit without"),
         ("1x80", 2048, r"no micro-batch: all fit without"),
-        ("1x50", 1024, r"all micro-batches"),
+        ("1x48", 1024, r"all micro-batches"),
     ],
 )
 def test_the_plan_says_where_checkpointing_is_needed(
