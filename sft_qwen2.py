@@ -3,6 +3,7 @@
     python sft_qwen2.py                                 # Qwen2-7B-Instruct on data/train.jsonl
     python sft_qwen2.py data/tiny.json                  # the stand-in model, on any laptop
     python sft_qwen2.py run.json --learning_rate 2e-5   # arguments from a file, flags on top
+    torchrun --nproc_per_node gpu sft_qwen2.py          # all GPUs at once
 
 A line of data is a conversation: {"query": "...", "answer": "..."}, optionally with "system", or
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
@@ -606,8 +607,8 @@ class Plan(NamedTuple):
 def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
     """Return the Plan and print what each device will hold; raises UserError if too much.
 
-    `longest`: the tokens of the longest row. A layer that is not computed again saves a quarter of
-    the time: unless --tokens_per_forward says otherwise, micro-batches are as large as fits so.
+    `longest`: the tokens of the longest row. A layer that is not computed again saves a fifth of
+    its time: unless --tokens_per_forward says otherwise, micro-batches are as large as fits so.
     """
     on_cpu = precision.compute == "fp32"
     world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
@@ -623,16 +624,17 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
         refuse_plan(config, args, precision, capacities, (tokens, longest), world)
     terms = (precision, device_map, capacities, world)
     plain = memory_plan.largest_plain(config, tokens, *terms)
-    if not training_args.gradient_checkpointing and plain < tokens:
-        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
     if not args.tokens_per_forward and plain >= FAST_TOKENS_GPU:
         budget = min(budget, plain)
+    tokens = max(budget, longest)
+    if not training_args.gradient_checkpointing and plain < tokens:
+        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
-    loads = memory_plan.peak_loads(config, max(budget, longest), plain, *terms)
-    if plain >= max(budget, longest):  # then another split is the most even
+    loads = memory_plan.peak_loads(config, tokens, plain, *terms)
+    if plain >= tokens:  # then another split is the most even
         which = "no micro-batch: all fit without"
         terms = (precision, capacities, world, False)
-        device_map, loads = memory_plan.place(config, max(budget, longest), *terms)
+        device_map, loads = memory_plan.place(config, tokens, *terms)
     print_loads(loads, capacities, device_map)
     print(f"checkpoint {which}")
     if (gpus := len(capacities)) > world == 1:
@@ -762,7 +764,7 @@ class StepTrainer:
             raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
         if self.plain_tokens and self.args.gradient_checkpointing:
             self.plain_tokens = 0
-            print(f"memory     {tokens} tokens are too many without gradient checkpointing")
+            print(f"memory     out with {tokens} tokens; now with gradient checkpointing for all")
         elif len(largest) == 1:
             raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
         else:
@@ -869,8 +871,8 @@ class StepTrainer:
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
         if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
-            peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), math.nan)
-            speed["mfu"] = flops / (peak * self.args.world_size)
+            if peak := next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None):
+                speed["mfu"] = flops / (peak * self.args.world_size)
             speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
         return {**speed, "seconds_left": round(left)}
 

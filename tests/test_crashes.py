@@ -316,7 +316,7 @@ def test_out_of_memory_brings_gradient_checkpointing_first(run, finished, tmp_pa
     result = run(tmp_path, change, gradient_checkpointing=True)
     assert result.code == 0, result.err
     assert result.losses == pytest.approx(finished.losses, rel=1e-5)
-    assert "too many without gradient checkpointing" in result.out
+    assert "now with gradient checkpointing for all" in result.out
     assert "for one forward pass" not in result.out
     assert seen[0].plain_tokens == 0 and seen[0].tokens_per_forward == BUDGET
     assert all(layer.gradient_checkpointing for layer in seen[0].model.model.layers)
