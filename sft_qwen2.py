@@ -24,7 +24,6 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -1141,29 +1140,35 @@ def run(args: ScriptArguments, training_args) -> int:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with as_user_error(Exception, failure):  # each library has its own for a full disk
         trainer.save_model()
-    print_results(Path(training_args.output_dir))
+    if trainer.is_world_process_zero():
+        draw_losses(Path(training_args.output_dir))
+    print(f"logs       {training_args.output_dir}: metrics.jsonl, run.json, loss.png")
+    print(
+        f"model      {training_args.output_dir}; to serve it: vllm serve {training_args.output_dir}"
+    )
     return 0
 
 
-def print_results(output_dir: Path) -> None:
-    """Draw the losses, if matplotlib is installed, and print where everything is."""
-    logs = ["metrics.jsonl", "run.json"]
-    if importlib.util.find_spec("matplotlib"):
+def draw_losses(output_dir: Path) -> None:
+    """Draw the losses of metrics.jsonl as loss.png, if matplotlib is installed."""
+    try:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
-        metrics = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
+        logs = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
         for name, style in (("loss", "-"), ("eval_loss", "o")):
-            points = [(log["step"], log[name]) for log in metrics if name in log]
-            axes.plot(*zip(*points), style, label=name)
+            axes.plot(
+                [log["step"] for log in logs if name in log],
+                [log[name] for log in logs if name in log],
+                style,
+                label=name,
+            )
         axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
         axes.legend()
         figure.savefig(output_dir / "loss.png")
-        logs.append("loss.png")
-    print(f"logs       {output_dir}: {', '.join(logs)}")
-    print(f"model      {output_dir}")
-    print(f"serve      vllm serve {output_dir}")
+    except (ImportError, OSError) as error:  # not worth a run
+        print(f"loss.png   is not drawn: {error}")
 
 
 def train(trainer, checkpoint: str | None) -> int:
@@ -1202,7 +1207,10 @@ def main(argv: list[str] | None = None) -> int:
     if training_args.process_index > 0:  # one process speaks for all, but each of its own mistake
         sys.stdout = io.StringIO()
     try:
-        return run(args, training_args)
+        code = run(args, training_args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return code
     except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
         rank = f" in process {training_args.process_index}" * (training_args.world_size > 1)
         print(f"error{rank}: {error}", file=sys.stderr)

@@ -627,9 +627,10 @@ def test_micro_batches_are_as_large_as_is_fastest(config_7b, capability, gib, bu
 
 def test_without_gradient_checkpointing_all_must_fit(dry_run):
     flags = ("--gpus", "1x80", "--gradient_checkpointing", "False")
-    code, _, err = dry_run(*flags)
-    assert code == 1 and "without gradient checkpointing" in err
-    assert dry_run(*flags, "--tokens_per_forward", "4096")[0] == 0
+    code, _, err = dry_run(*flags, "--tokens_per_forward", "8192")
+    assert code == 1 and "8192 tokens without gradient checkpointing" in err
+    code, out, _ = dry_run(*flags)  # as many as fit
+    assert code == 0 and "no micro-batch: all fit without" in out
 
 
 def test_without_gpus_each_process_has_the_whole_model(dry_run, monkeypatch, config_7b):
