@@ -52,6 +52,11 @@ def table(text: str, number: int) -> list[list[str]]:
 BOXES, RESULTS, OPTIONS, MESSAGES = range(4)
 
 
+def flags(text: str) -> set[str]:
+    """Return the flags that the text names by themselves, with their values."""
+    return set(re.findall("`(--[^`]+)`", prose(text)))
+
+
 def commands(text: str) -> list[str]:
     """Return the commands of bash blocks and of `code`, one for each `&&` between them."""
     lines = [line for block in blocks(text, "bash") for line in [block] if "#SBATCH" not in block]
@@ -69,6 +74,7 @@ def test_both_show_the_same():
     """All blocks; commands within the text, too; options in the same order; the same messages."""
     assert blocks(ENGLISH) == blocks(CHINESE) and len(blocks(ENGLISH, "bash")) >= 6
     assert Counter(commands(ENGLISH)) == Counter(commands(CHINESE))
+    assert flags(ENGLISH) == flags(CHINESE)
     for kind in (OPTIONS, BOXES):
         columns = slice(0, 2) if kind == OPTIONS else slice(1, 2)
         rows = zip(table(ENGLISH, kind), table(CHINESE, kind), strict=True)
@@ -150,6 +156,14 @@ def test_a_wrong_command_would_be_found(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, SystemExit)):
         check_command(shlex.split(command))
+
+
+def test_flags_are_known(run_main):
+    """Each flag that the text names is one of the trainer's, or of token_stats.py."""
+    known = run_main("--help")[1].split() + ["--plot", "--json"]
+    names = [word for span in flags(ENGLISH + CHINESE) for word in span.split() if "--" in word]
+    for name in names:
+        assert name in known or f"{name}," in known, name
 
 
 def test_ci_runs_the_first_commands():
