@@ -7,7 +7,7 @@
 
 A line of data is a conversation: {"query": "...", "answer": "..."}, optionally with "system", or
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
-Trained are the tokens of each answer and the <|im_end|> after it; all others only give context.
+Only the tokens of each answer and the <|im_end|> after it are trained; all others give context.
 
 One optimizer step is a set of rows. They are laid end to end, without padding, in micro-batches of
 at most `tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over
@@ -18,9 +18,7 @@ Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key
 size, V vocabulary.
 """
 
-import contextlib
 import csv
-import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -38,8 +36,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,7 +62,6 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-ROWS_PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product
 # FLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
 SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
@@ -73,7 +70,7 @@ NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and aft
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as a sentence, exit code 1, no traceback."""
+    """A mistake the user can fix: printed as a sentence, exit code 1, no traceback."""
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -95,7 +92,7 @@ class ScriptArguments:
         default=None, help="Memory knob. At most per_device_train_batch_size x max_len by default."
     )
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
-    fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes a parameter.")
+    fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes per parameter.")
     device_map: str = HfArg(default="auto", help="auto: layers by memory; or transformers' own.")
     resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
     dry_run: bool = HfArg(default=False, help="Do everything but load the model and train.")
@@ -138,13 +135,13 @@ def parse_arguments(argv: list[str]) -> tuple:
     classes = (ScriptArguments, transformers.TrainingArguments)
     usage = "%(prog)s [arguments.json] [--flag value ...]"
     parser = transformers.HfArgumentParser(classes, allow_abbrev=False, usage=usage)
-    parser.set_defaults(**TRAINING_DEFAULTS, **process_defaults(argv))
     parser.print_usage = lambda file=None: None  # an error is one line, without the usage
     try:
         if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
             values = json.loads(Path(argv[0]).read_text(encoding="utf-8")).items()
             values = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in values]
             argv = [f"--{k}={v}" for k, v in values if v != "null"] + argv[1:]
+        parser.set_defaults(**TRAINING_DEFAULTS, **process_defaults(argv))
         args, training_args, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
@@ -156,10 +153,13 @@ def parse_arguments(argv: list[str]) -> tuple:
         parser.error(f"unknown argument {unknown[0]} (--help lists all)")
     if training_args.bf16 or training_args.fp16:
         parser.error("leave --bf16 and --fp16 out: the number format follows from the GPU")
+    if training_args.load_best_model_at_end or training_args.save_strategy == "best":
+        parser.error("no best checkpoint is kept: leave --load_best_model_at_end out")
     if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
         parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
     values = vars(args) | vars(training_args)
-    for name in ("max_len", "tokens_per_forward", *ROWS_PER_STEP):
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for name in ("max_len", "tokens_per_forward", *sizes):
         if values[name] is not None and values[name] < 1:
             parser.error(f"--{name} must be positive")
     return args, training_args
@@ -167,11 +167,11 @@ def parse_arguments(argv: list[str]) -> tuple:
 
 def rows_per_step(training_args) -> int:
     """Return the rows of one optimizer step, of all processes together."""
-    sizes = [getattr(training_args, name) for name in ROWS_PER_STEP]
-    return math.prod(sizes) * training_args.world_size
+    own = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    return own * training_args.world_size
 
 
-@contextlib.contextmanager
+@contextmanager
 def as_user_error(kinds, sentence: str):
     """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
     try:
@@ -202,9 +202,12 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
                 if not line.isspace():
                     yield number, parse_json(line)
     elif path.suffix == ".csv":  # texts stay as they are written; an empty field is none
+        csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
         with open(path, encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                yield number, {key: value for key, value in row.items() if value}
+                wrong = "has more fields than the header; put quotes around texts with commas"
+                row = {key: value for key, value in row.items() if value}
+                yield number, wrong if None in row else row
     else:
         import datasets
 
@@ -218,7 +221,7 @@ def parse_json(line: bytes) -> dict | str:
 
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key appears twice")
         return dict(pairs)
 
     if line.startswith(b"\xef\xbb\xbf"):
@@ -267,8 +270,8 @@ def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
 
     <|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
                                                                                    ^^^^^^^^^^^
-    An answer is encoded apart from the "assistant\\n" before it, for there the model stands when it
-    begins to write. Control tokens spelled in a text are encoded as the plain characters they are:
+    An answer is encoded apart from the "assistant\\n" before it, because generation starts exactly
+    there. Control tokens spelled in a text are encoded as the plain characters they are:
     no row can open or close a turn.
     """
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
@@ -359,7 +362,7 @@ def encode_file(path: Path, tokenizer, system_prompt: str):
     unreadable = (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError)
     with as_user_error(unreadable, f"{path}: cannot be read or cached"):
         if next(read_rows(path), None) is None:
-            raise UserError(f"{path}: is empty; write one JSON object a line")
+            raise UserError(f"{path}: is empty; it needs one conversation per line or row")
         vocabulary, script = tokenizer.backend_tokenizer.to_str(), file_sha256(__file__)
         causes = file_sha256(path) + path.suffix + system_prompt + vocabulary + script
         table = datasets.Dataset.from_generator(
@@ -374,7 +377,7 @@ def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_r
     """Return the rows to train on, and counts {name: number} of rows and of answer tokens.
 
     Rows read = trained + dropped + rejected, and answer tokens read = trained + cut + dropped. A
-    row whose answer begins behind max_len is dropped in any case: it has nothing to train.
+    row whose answer begins beyond max_len is dropped in any case: it has nothing to train.
     """
     lengths, answer_tokens = table["num_tokens"][:], table["num_answer_tokens"][:]
     rejected, over = np.flatnonzero(lengths == 0), np.flatnonzero(lengths > max_len)
@@ -383,7 +386,7 @@ def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_r
         lines += ["..."] * (len(rejected) > len(lines))
         report = "\n".join([*lines, f"{len(rejected)} of {len(table)} rows are refused"])
         if not skip_bad_rows:
-            raise UserError(f"{report}; mend them, or train without them: --skip_bad_rows")
+            raise UserError(f"{report}; fix them, or train without them: --skip_bad_rows")
         print(report, file=sys.stderr)
     if overflow_strategy == "error" and len(over):
         raise UserError(
@@ -407,7 +410,6 @@ def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_r
         "answer_tokens_trained": int(kept.sum()),
         "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
         "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
-        "tokens_read_in_training": int(lengths[trained].clip(max=max_len).sum()),
         "control_tokens": int(table["num_control_tokens"][:].sum()),
     }
     rows = table if trained.all() else table.select(np.flatnonzero(trained))
@@ -457,36 +459,34 @@ def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) 
     return bins
 
 
-def flatten(rows: list[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Return a micro-batch: the (input_ids, labels) of rows laid end to end, or an untrained token.
+def flatten(rows: list[dict]) -> dict:
+    """Return a micro-batch: the {"input_ids", "labels"} of rows laid end to end.
 
     input_ids, position_ids, shift_labels [1, T]: a row's positions begin at 0, and shift_labels[t]
     is the token that position t is to predict, or -100. cu_seq_lens [rows + 1]: the boundaries.
+    Of no rows: one untrained token, for this process must run as many passes as the others.
     """
+    rows = rows or [{"input_ids": [0], "labels": [IGNORE_INDEX]}]
+    batch = transformers.DataCollatorWithFlattening()(rows)  # a row's first label becomes -100
+    labels = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORE_INDEX)
+    seq_lens = [len(row["input_ids"]) for row in rows]
+    bounds = torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=torch.int32)
+    return {**batch, "shift_labels": labels[:, 1:], "cu_seq_lens": bounds, "seq_lens": seq_lens}
 
-    def lay(arrays):
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))[None]
 
-    rows = rows or [(np.zeros(1), np.full(1, IGNORE_INDEX))]
-    seq_lens = [len(input_ids) for input_ids, _ in rows]
-    return {
-        "input_ids": lay([input_ids for input_ids, _ in rows]),
-        "position_ids": lay([np.arange(length) for length in seq_lens]),
-        "shift_labels": lay([np.append(labels[1:], IGNORE_INDEX) for _, labels in rows]),
-        "cu_seq_lens": torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=torch.int32),
-        "seq_lens": seq_lens,
-    }
+def cut(row: dict, max_len: int) -> dict:
+    return {name: row[name][:max_len] for name in ("input_ids", "labels")}
 
 
 def collate(rows: list[dict], max_len: int, tokens_per_forward: int, rank: int = 0, world: int = 1):
     """Return (this process's micro-batches of a step's rows, trained tokens of the whole step).
 
     Every process reads all rows of the step and takes its share of the bins: each knows the divisor
-    of the loss and the number of forward passes without a word between them.
+    of the loss and the number of forward passes without communicating.
     """
-    rows = [(row["input_ids"][:max_len], row["labels"][:max_len]) for row in rows]
-    bins = bin_rows([len(input_ids) for input_ids, _ in rows], tokens_per_forward, world)
-    trained_tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in rows)
+    rows = [cut(row, max_len) for row in rows]
+    bins = bin_rows([len(row["input_ids"]) for row in rows], tokens_per_forward, world)
+    trained_tokens = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     return [flatten([rows[i] for i in b]) for b in bins[rank::world]], trained_tokens
 
 
@@ -518,7 +518,7 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
 
 
 class AnswerLoss:
-    """Put before transformers.Qwen2ForCausalLM by load_model: the loss of a micro-batch."""
+    """Mixin that load_model combines with transformers.Qwen2ForCausalLM: a micro-batch's loss."""
 
     def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, **kwargs):
         """Return {"loss": cross entropy summed over the trained tokens / num_items_in_batch}.
@@ -545,10 +545,13 @@ class AnswerLoss:
         return {"loss": losses.float().sum() / num_items_in_batch}
 
 
-def check_model(name_or_path: str, dry_run: bool):
-    """Return the model's config; raises UserError where the model cannot be trained here."""
+def check_model(name_or_path: str, planned: bool):
+    """Return the model's config; raises UserError where the model cannot be trained here.
+
+    `planned`: whether there is a GPU, or only a plan is wanted.
+    """
     default = ScriptArguments.model_name_or_path
-    if name_or_path == default and not (dry_run or torch.cuda.is_available()):
+    if name_or_path == default and not planned:
         raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
     remedy = f"hf download {default} --local-dir qwen2-7b, then --model_name_or_path qwen2-7b"
     with as_user_error((OSError, ValueError), f"{name_or_path}: no such model; {remedy}"):
@@ -606,8 +609,9 @@ class Plan(NamedTuple):
 def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
     """Return the Plan and print what each device will hold; raises UserError if too much.
 
-    `longest`: the tokens of the longest row. A layer that is not computed again saves a fifth of
-    its time: unless --tokens_per_forward says otherwise, micro-batches are as large as fits so.
+    `longest`: the tokens of the longest row. Unless --tokens_per_forward says otherwise,
+    micro-batches are as large as fits, without checkpointing if that is large enough: a layer that
+    is not recomputed saves a fifth of its time.
     """
     on_cpu = precision.compute == "fp32"
     world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
@@ -616,14 +620,19 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     if args.device_map != "auto" and world == 1:
         print("memory     not planned: the device map is your own")
         return Plan(args.device_map, budget, 0)
+    terms = (precision, capacities, world)
+    if not args.tokens_per_forward:
+        while budget > longest and not memory_plan.fits(config, budget, *terms):
+            budget //= 2
     tokens = max(budget, longest)
-    device_map, loads = memory_plan.place(config, tokens, precision, capacities, world)
-    if not memory_plan.fits(config, tokens, precision, capacities, world):
+    device_map, loads = memory_plan.place(config, tokens, *terms)
+    if not memory_plan.fits(config, tokens, *terms):
         print_loads(loads, capacities, device_map)
         refuse_plan(config, args, precision, capacities, (tokens, longest), world)
     terms = (precision, device_map, capacities, world)
     plain = memory_plan.largest_plain(config, tokens, *terms)
-    if not args.tokens_per_forward and plain >= FAST_TOKENS_GPU:
+    enough = FAST_TOKENS_GPU if training_args.gradient_checkpointing else longest
+    if not args.tokens_per_forward and plain >= enough:
         budget = min(budget, plain)
     tokens = max(budget, longest)
     if not training_args.gradient_checkpointing and plain < tokens:
@@ -631,17 +640,19 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
     loads = memory_plan.peak_loads(config, tokens, plain, *terms)
     if plain >= tokens:  # then another split is the most even
-        which = "no micro-batch: all fit without"
+        which = "nothing: memory suffices"
         terms = (precision, capacities, world, False)
         device_map, loads = memory_plan.place(config, tokens, *terms)
     print_loads(loads, capacities, device_map)
-    print(f"checkpoint {which}")
-    if (gpus := len(capacities)) > world == 1:
+    print(f"recompute  {which}")  # by gradient checkpointing
+    if world == 1 and len(capacities) > 1:
+        gpus = len(capacities)
         sharded = choose_precision(OLDEST[precision.compute], gpus, False)
         each = memory_plan.place(config, tokens, sharded, capacities, gpus)[1][0] / GIB
         command = f"torchrun --nproc_per_node {gpus} sft_qwen2.py (from {each:.1f} GiB each)"
         print(f"devices    take turns; at once: {command}")
-    return Plan(device_map if torch.cuda.is_available() else None, budget, plain)
+    on_gpu = training_args.device.type == "cuda"
+    return Plan(device_map if on_gpu else None, budget, plain)
 
 
 def print_loads(loads: list[float], capacities: list[float], device_map: dict | None) -> None:
@@ -664,11 +675,15 @@ def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tu
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
 class StepTrainer:
-    """Put before transformers.Trainer by build_trainer: a batch is the rows of a whole step."""
+    """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
+
+    build_trainer also sets max_len, tokens_per_forward, plain_tokens, num_parameters, train_file,
+    and since when (time.time()) which work [steps, tokens, trained tokens, FLOPs] was done.
+    """
 
     bar = None
-    signal = 0  # the number of the one that came
-    bad_norms = 0  # steps without a finite gradient in a row
+    stop_signal = 0  # the number of the one that came
+    bad_norms = 0  # consecutive steps whose gradient norm was not finite
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, shuffled by the seed and the epoch."""
@@ -688,7 +703,7 @@ class StepTrainer:
         """
         warm_up = self.args.get_warmup_steps(num_training_steps) > 0
         scheduler = super().create_scheduler(num_training_steps + warm_up, optimizer)
-        if warm_up:
+        if warm_up and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's, to step the optimizer first
                 scheduler.step()
@@ -725,13 +740,14 @@ class StepTrainer:
             model.zero_grad()
             torch.cuda.empty_cache()
         step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
+        # Exactly 0 is what wrong labels and overflown logits look like.
         if not math.isfinite(step_loss) or step_loss == 0:
             raise self.broken_step(f"its loss is {step_loss}", rows)
         self.control.should_training_stop |= self.agreed_signal() > 0
         self.rows = rows
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         flops = training_flops(self.model.config, self.num_parameters, lengths)
-        self.work += [lengths.sum(), trained_tokens, flops]
+        self.work += [1, lengths.sum(), trained_tokens, flops]
         return loss_sum
 
     def choose_checkpointing(self, tokens: int) -> None:
@@ -749,7 +765,7 @@ class StepTrainer:
 
     def agreed_signal(self) -> int:
         """Return the signal that any process got, or 0: all must stop after the same step."""
-        number = torch.tensor(self.signal, device=self.args.device)
+        number = torch.tensor(self.stop_signal, device=self.args.device)
         return int(self.accelerator.gather(number).max())
 
     def lower_budget(self, batches: list[dict]) -> None:
@@ -771,9 +787,9 @@ class StepTrainer:
             print(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
         self.log({"tokens_per_forward": self.tokens_per_forward})
 
-    def _clip_grad_norm(self, model):
-        """Clip as Trainer does, and stop before NaN gradients reach the weights."""
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Return the norm as Trainer does, but stop before NaN gradients reach the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
         self.bad_norms = 0 if np.isfinite(float(norm)) else self.bad_norms + 1
         # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
         if self.bad_norms > (20 if self.args.fp16 else 0):
@@ -813,12 +829,9 @@ class StepTrainer:
             state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
         super()._save(output_dir, state_dict)
 
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # Trainer's own count is of padded batches
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, ignore_keys=None):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
-        rows, loss_sum, token_sum = iter(eval_dataset or self.eval_dataset), 0.0, 0
+        began, rows, loss_sum, token_sum = time.time(), iter(self.eval_dataset), 0.0, 0
         self.model.eval()
         while step := list(itertools.islice(rows, self.args.per_device_train_batch_size)):
             batches, trained_tokens = self.micro_batches(step)
@@ -826,10 +839,10 @@ class StepTrainer:
             with torch.no_grad(), self.accelerator.autocast():
                 loss_sum += sum(self.model(**batch)["loss"].item() for batch in batches)
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
-        metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
+        metrics = {"eval_loss": loss_sum / token_sum}
         self.log(metrics)
         print(f"eval_loss  {loss_sum / token_sum:.4f} at step {self.state.global_step}", flush=True)
-        self.last_log = (time.time(), self.state.global_step, self.work.copy())
+        self.since += time.time() - began  # no part of the steps' time
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -861,12 +874,10 @@ class StepTrainer:
             print(f"step {step}/{steps}  {line}  left {left}", flush=True)
 
     def measure_speed(self) -> dict[str, float]:
-        """Return what was done a second since the last log, and the share of the GPUs' peak."""
-        then, last_step, before = self.last_log
-        step, now = self.state.global_step, time.time()
-        self.last_log = (now, step, self.work.copy())
-        tokens, trained, flops = (self.work - before) / (now - then)
-        left = (self.state.max_steps - step) * (now - then) / (step - last_step)
+        """Return the throughput since the last log, and its share of the GPUs' peak."""
+        steps, tokens, trained, flops = self.work / (time.time() - self.since)
+        self.since, self.work = time.time(), np.zeros(4)
+        left = (self.state.max_steps - self.state.global_step) / steps
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
         if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
@@ -897,18 +908,16 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
     import accelerate
 
     rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
-    own_optim = training_args.optim != transformers.TrainingArguments.optim  # the user's --optim
-    eight_bit = rounded and not own_optim
+    stochastic = rounded and precision.optim == "adamw_torch_8bit"
     own_step = rows_per_step(training_args) // training_args.world_size
-    args = dataclasses.replace(
+    args = replace(
         training_args,
         per_device_train_batch_size=own_step,  # for Trainer, a step is one large batch
         gradient_accumulation_steps=1,
-        max_grad_norm=training_args.max_grad_norm or math.inf,  # 0: not clipped, but checked
         bf16=precision.compute == "bf16" and not rounded,
         fp16=precision.compute == "fp16",
-        optim=training_args.optim if own_optim else precision.optim,
-        optim_args="bf16_stochastic_round=True" if eight_bit else training_args.optim_args,
+        optim=precision.optim,
+        optim_args="bf16_stochastic_round=True" if stochastic else training_args.optim_args,
         eval_on_start="validation" in rows,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
@@ -924,8 +933,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
     trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
-    trainer.work = np.zeros(3)  # tokens, trained tokens, FLOPs
-    trainer.last_log = (time.time(), 0, trainer.work.copy())
+    trainer.since, trainer.work = time.time(), np.zeros(4)
     return trainer
 
 
@@ -952,19 +960,27 @@ def quiet_libraries() -> None:
 def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
     """Return the free bytes of each device to plan for, and their least compute capability.
 
-    Of several processes each looks at its own GPU, and takes the others' for the same.
+    Of several processes each looks at its own device, and all plan for the one with the least:
+    they must cut a step into micro-batches in the same way.
     """
     if gpus:
         capacities = memory_plan.parse_gpus(gpus)
         return capacities, OLDEST["bf16" if min(capacities) > 32 * GIB else "fp16"]  # 32: a V100
-    if torch.cuda.is_available():
-        world_size, own = training_args.world_size, training_args.device.index
-        ids = [own] * world_size if world_size > 1 else range(torch.cuda.device_count())
-        capability = min(torch.cuda.get_device_capability(i) for i in ids)
-        return [torch.cuda.mem_get_info(i)[0] for i in ids], capability
     import psutil  # comes with accelerate
+    from accelerate.utils import gather_object
 
-    return [0.9 * psutil.virtual_memory().available], None  # the rest is for other programs
+    world_size, device = training_args.world_size, training_args.device
+    if device.type == "cuda":
+        ids = [device.index] if world_size > 1 else range(torch.cuda.device_count())
+        capability = min(torch.cuda.get_device_capability(i) for i in ids)
+        free = [torch.cuda.mem_get_info(i)[0] for i in ids]
+    else:  # of the machine's memory, a tenth is for other programs
+        capability, processes = None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = [0.9 * psutil.virtual_memory().available / processes]
+    if world_size > 1:
+        free = [min(gather_object(free))] * (world_size if capability else 1)
+        capability = capability and min(gather_object([capability]))
+    return free, capability
 
 
 def plan_steps(budget: int, training_args, lengths: np.ndarray) -> None:
@@ -1077,7 +1093,8 @@ def print_data(split: str, path: Path, counts: dict) -> None:
 
 def prepare(args: ScriptArguments, training_args):
     """Return all that training needs, having read and checked all that can be wrong before it."""
-    config = check_model(args.model_name_or_path, args.dry_run)
+    on_gpu = training_args.device.type == "cuda"
+    config = check_model(args.model_name_or_path, on_gpu or args.dry_run)
     files, tables, rows, counts = find_data_files(args.data_path), {}, {}, {}
     with as_user_error(ValueError, "--system_prompt"):
         parse_row({"query": "q", "answer": "a"}, args.system_prompt)
@@ -1088,13 +1105,16 @@ def prepare(args: ScriptArguments, training_args):
         rows[split], counts[split] = fit_rows(tables[split], path, *limits)
         print_data(split, path, counts[split])
     lengths = rows["train"]["num_tokens"][:].clip(max=args.max_len)
-    shortest = rows["train"][int(lengths.argmin())]
-    shortest = {name: shortest[name][: args.max_len] for name in ("input_ids", "labels")}
+    shortest = cut(rows["train"][int(lengths.argmin())], args.max_len)
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
     capacities, capability = find_devices(args.gpus, training_args)
     precision = choose_precision(capability, training_args.world_size, args.fp32)
+    if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
+        size = 4 * precision.weights.itemsize  # of AdamW; others have less state than that
+        precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
     weights = str(precision.weights).removeprefix("torch.")
-    print(f"precision  {precision.compute} over {weights} weights ({precision.reason})")
+    formats = f"{precision.compute} over {weights} weights, {precision.optim}"
+    print(f"precision  {formats} ({precision.reason})")
     plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
     plan_steps(plan.tokens_per_forward, training_args, lengths)
     plan_disk(config, precision, args, training_args)
@@ -1110,8 +1130,7 @@ def prepare(args: ScriptArguments, training_args):
 
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, train, export; return the exit code. Raises UserError."""
-    prepared = prepare(args, training_args)
-    if args.dry_run:
+    if not (prepared := prepare(args, training_args)):
         return 0
     files, rows, tokenizer, precision, plan, checkpoint = prepared
     if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
@@ -1128,18 +1147,18 @@ def run(args: ScriptArguments, training_args) -> int:
         before = answer_samples(model, tokenizer, prompts)
     if stop_signal := train(trainer, checkpoint):
         return 128 + stop_signal
-    if "validation" in rows:
-        trainer.evaluate()
-    if samples:
-        after = answer_samples(model, tokenizer, prompts)
-        for prompt, old, new in zip(prompts, before, after):
-            print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
     model.config.use_cache = True  # Trainer turned it off; what is served needs it
     failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
     if training_args.fsdp:  # one ordinary model folder
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with as_user_error(Exception, failure):  # each library has its own for a full disk
         trainer.save_model()
+    if "validation" in rows:
+        trainer.evaluate()
+    if samples:
+        after = answer_samples(model, tokenizer, prompts)
+        for prompt, old, new in zip(prompts, before, after):
+            print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
     if trainer.is_world_process_zero():
         draw_losses(Path(training_args.output_dir))
     output_dir = training_args.output_dir
@@ -1170,14 +1189,14 @@ def train(trainer, checkpoint: str | None) -> int:
     """Train to the end and return 0, or to a SIGINT or SIGTERM, save, and return its number."""
 
     def stop(number, frame):
-        trainer.signal = number
+        trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
         print(f"{signal.Signals(number).name}: saving after this step", flush=True)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
-    try:  # training_step mends its own want of memory, as far as tokens_per_forward can
-        with as_user_error(torch.OutOfMemoryError, f"the optimizer is out of memory; {remedy}"):
+    try:  # training_step recovers by itself, as far as fewer tokens per forward pass can help
+        with as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         for number, handler in before.items():
@@ -1199,7 +1218,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
     quiet_libraries()
     args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if training_args.process_index > 0:  # one process speaks for all, but each of its own mistake
+    if training_args.process_index > 0:  # the first prints for all; each its own error
         sys.stdout = io.StringIO()
     try:
         code = run(args, training_args)

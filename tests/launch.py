@@ -6,6 +6,7 @@ The jobs run one after another, each of its processes with a log in the job's fo
 exit codes of each job's processes as JSON. A "sharded" job's trainer believes that its devices are
 GPUs, where accelerate gives in to --fsdp; on a CPU it falls back to DDP without a word. "compute"
 is the number format of its layers. Each process counts the rows it encodes in encoded-RANK.
+"free" is the memory that each process finds, in GiB.
 A "gradients" job runs no script: it saves loss and gradients of a step, by fully_shard if several.
 """
 
@@ -15,6 +16,7 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import accelerate
 import datasets  # noqa: F401
 import numpy as np
+import psutil
 import torch
 import transformers
 
@@ -106,6 +109,9 @@ def start(job: dict, rank: int, port: int) -> int:
     try:
         if job.get("sharded"):
             shard_on_cpu(job.get("compute", "fp32"))
+        if "free" in job:
+            memory = SimpleNamespace(available=job["free"][rank] * 2**30)
+            psutil.virtual_memory = lambda: memory
         count_encoded(Path(job["folder"], f"encoded-{rank}"))
         run = (
             save_gradients if "gradients" in job else lambda job, rank: sft_qwen2.main(job["argv"])

@@ -78,6 +78,7 @@ WRONG_FLAGS = {
     "length of nothing": (["--max_len", "0"], "--max_len"),
     "budget of nothing": (["--tokens_per_forward", "0"], "--tokens_per_forward"),
     "number format": (["--bf16"], "bf16"),
+    "best checkpoint": (["--save_strategy", "best", "--metric_for_best_model", "loss"], "best"),
     "no such file": (["missing.json"], "missing.json"),
 }
 WRONG_FILES = {

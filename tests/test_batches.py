@@ -47,8 +47,8 @@ def test_bins_are_as_many_for_every_process(seed, multiple_of):
 
 def test_a_micro_batch_is_its_rows_end_to_end():
     """Positions begin anew with each row, and no row is asked to predict the next one's token."""
-    first = (np.array([5, 6, 7]), np.array([IGNORE_INDEX, 6, 7]))
-    second = (np.array([8, 9]), np.array([8, 9]))
+    first = {"input_ids": np.array([5, 6, 7]), "labels": np.array([IGNORE_INDEX, 6, 7])}
+    second = {"input_ids": np.array([8, 9]), "labels": np.array([8, 9])}
     batch = flatten([first, second])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
@@ -130,13 +130,9 @@ def plain_loss(plain, row) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, labels[1:], **options)
 
 
-def flat(rows) -> dict:
-    return flatten([(row["input_ids"], row["labels"]) for row in rows])
-
-
 def test_neighbours_do_not_change_logits(rows, model, plain):
     """A row's logits in a micro-batch are those of the row alone in transformers' own model."""
-    batch = flat(rows)
+    batch = flatten(rows)
     del batch["shift_labels"]
     with torch.no_grad():
         packed = model(**batch, attention_mask=NO_MASK, use_cache=False).logits[0]
@@ -151,7 +147,7 @@ def test_neighbours_do_not_change_loss_and_gradients(checkpointing, rows, model,
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    loss = model(**flat(rows), num_items_in_batch=7)["loss"]
+    loss = model(**flatten(rows), num_items_in_batch=7)["loss"]
     loss.backward()
     expected = sum(plain_loss(plain, row) for row in rows) / 7
     expected.backward()
@@ -168,7 +164,7 @@ def test_the_loss_of_a_model_in_half_precision_is_exact(rows, model_dir, model):
     """Its logits are rounded, each another way: their mean is not. bf16 has 8 bits, or 0.4 %."""
     half = load_model(model_dir, torch.bfloat16)
     with torch.no_grad():
-        rounded, exact = (each(**flat(rows))["loss"] for each in (half, model))
+        rounded, exact = (each(**flatten(rows))["loss"] for each in (half, model))
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=5e-4, atol=0)
 
@@ -180,11 +176,11 @@ def test_under_autocast_the_head_computes_in_half_precision_too(rows, model):
         watched = lambda *args, **kwargs: seen.extend(args[:2]) or loss_of(*args, **kwargs)  # noqa: E731
         patch.setattr(sft_qwen2, "linear_cross_entropy", watched)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = model(**flat(rows))["loss"]
+            rounded = model(**flatten(rows))["loss"]
     rounded.backward()
     assert {x.dtype for x in seen} == {torch.bfloat16} and rounded.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(rounded, model(**flat(rows))["loss"], rtol=5e-4, atol=0)
+        torch.testing.assert_close(rounded, model(**flatten(rows))["loss"], rtol=5e-4, atol=0)
     assert model.lm_head.weight.grad.dtype == torch.float32
     model.zero_grad()
 
@@ -192,7 +188,7 @@ def test_under_autocast_the_head_computes_in_half_precision_too(rows, model):
 def test_the_order_of_rows_does_not_matter(rows, model):
     """The same rows in another order have the same loss."""
     with torch.no_grad():
-        losses = [model(**flat(order))["loss"] for order in (rows, rows[::-1])]
+        losses = [model(**flatten(order))["loss"] for order in (rows, rows[::-1])]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 

@@ -221,6 +221,7 @@ def test_a_run_is_not_overwritten(run, finished):
         ({"overflow_strategy": "drop"}, ("overflow_strategy", "truncate", "drop")),
         ({"system_prompt": "Other."}, ("system_prompt", "Other.")),
         ({"seed": 7}, ("seed", 42, 7)),
+        ({"optim": "adafactor"}, ("optim", "adamw_torch_fused", "adafactor")),
     ],
 )
 def test_a_run_is_resumed_on_its_own_terms_only(run, finished, flags, words):

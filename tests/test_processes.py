@@ -42,7 +42,7 @@ def flags(output_dir: Path, model: Path, world: int, **more) -> list[str]:
 
 def make_job(folder: Path, model: Path, world: int, sharded: bool = False, **more) -> dict:
     folder.mkdir(exist_ok=True)
-    job = {key: more.pop(key) for key in ("compute",) if key in more}
+    job = {key: more.pop(key) for key in ("compute", "free") if key in more}
     argv = flags(folder / "outputs", model, world, **more) + FSDP * sharded
     return {"world": world, "argv": argv, "folder": str(folder), "sharded": sharded, **job}
 
@@ -69,7 +69,7 @@ def runs(tiny_model_dir, untied_model_dir, tmp_path_factory) -> Path:
     """A folder with a run for each way to train the same rows."""
     folder = tmp_path_factory.mktemp("processes")
     jobs = [  # two first: they find nothing encoded yet
-        make_job(folder / "two", tiny_model_dir, 2),
+        make_job(folder / "two", tiny_model_dir, 2, free=[20, 10]),
         make_job(folder / "one", tiny_model_dir, 1),
         make_job(folder / "four", tiny_model_dir, 4),
         make_job(folder / "sharded", tiny_model_dir, 2, sharded=True),

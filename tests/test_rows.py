@@ -313,3 +313,16 @@ def test_rejected_rows_are_counted(train, untied_model_dir, write_rows, tmp_path
     assert "4 rows = 2 trained + 1 dropped + 1 rejected (0 cut)" in run.out
     assert f"{path}:2: " in run.out + run.err
     assert sorted(row["line"] for rows in run.steps for row in rows) == [1, 4]
+
+
+def test_a_csv_row_of_too_many_fields_is_refused(refuse, write_rows):
+    """A comma without quotes would cut a text in two, and its end would be lost."""
+    path = write_rows(b"query,answer\nq,a\nHello, world,Hi\n", "train.csv")
+    message = refuse(path)
+    assert f"{path}:2: has more fields than the header" in message and "1 of 2" in message
+
+
+def test_a_long_text_in_csv_is_read(tiny_tokenizer, write_rows):
+    row = {"query": "q", "answer": "long " * 30_000}
+    path = write_rows(f"query,answer\n{row['query']},{row['answer']}\n".encode(), "train.csv")
+    assert encodings(path, tiny_tokenizer) == encodings(write_rows([row]), tiny_tokenizer)

@@ -157,6 +157,23 @@ def test_metrics_are_written(runs):
     assert [m["step"] for m in metrics] == list(range(1, len(run.losses) + 1))
 
 
+def test_an_epoch_may_be_logged_as_one(train, untied_model_dir, data, tmp_path):
+    """Trainer logs an epoch after it evaluated in the same step: there is speed to show, still."""
+    flags = {**FLAGS, "num_train_epochs": 1, "logging_strategy": "epoch", "eval_strategy": "steps"}
+    run = train(untied_model_dir, data, tmp_path / "outputs", **flags)
+    (log,) = [metrics for metrics in read_metrics(run) if "loss" in metrics]
+    assert log["tokens_per_s"] > 0 and log["seconds_left"] == 0
+
+
+@pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau"])
+def test_schedules_without_a_warm_up_of_their_own(kind, train, untied_model_dir, data, tmp_path):
+    """They begin at the learning rate that was asked for."""
+    flags = {**FLAGS, "max_steps": 1, "lr_scheduler_type": kind, "eval_strategy": "epoch"}
+    run = train(untied_model_dir, data, tmp_path / "outputs", **flags)
+    (log,) = [metrics for metrics in read_metrics(run) if "loss" in metrics]
+    assert log["learning_rate"] == FLAGS["learning_rate"]
+
+
 # ---- The export law -----------------------------------------------------------------------------
 OVERFIT = [
     {"query": "What is the capital of Portugal?", "answer": "The capital of Portugal is Lisbon."},
