@@ -124,6 +124,11 @@ def test_one_process_speaks_and_each_row_is_encoded_once(runs):
     assert sorted(encoded) == [24, 230]
 
 
+def test_processes_plan_for_the_one_with_the_least(runs):
+    """Of 20 and 10 GiB: nine tenths of 10, and of these each has a half."""
+    assert "of 4.5 GiB" in (runs / "two" / "log-0").read_text()
+
+
 def test_every_process_runs_its_share_of_the_forward_passes(runs):
     logs = [(runs / name / "log-0").read_text() for name in ("one", "four")]
     one, four = (int(re.search(r"(\d+) or so forward passes", log)[1]) for log in logs)
