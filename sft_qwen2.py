@@ -62,8 +62,10 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# FLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}
+# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU. The
+# first name that is part of a GPU's own counts.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
+PEAK_TFLOPS |= {"A100": 312, "A800": 312, "V100": 125}
 SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
 SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
@@ -881,8 +883,8 @@ class StepTrainer:
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
         if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
-            if peak := next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None):
-                speed["mfu"] = flops / (peak * self.args.world_size)
+            if peak := next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None):
+                speed["mfu"] = flops / (peak * 1e12 * self.args.world_size)
             speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
         return {**speed, "seconds_left": round(left)}
 

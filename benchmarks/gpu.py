@@ -155,7 +155,8 @@ def take_figures(clock: GpuClock, model, timed_rows: list[dict]) -> dict:
     }
     if clock.on_gpu:
         name = torch.cuda.get_device_name()
-        peak = next((peak for gpu, peak in sft_qwen2.PEAK_FLOPS.items() if gpu in name), None)
+        tflops = sft_qwen2.PEAK_TFLOPS.items()
+        peak = next((peak * 1e12 for gpu, peak in tflops if gpu in name), None)
         flops = sft_qwen2.training_flops(model.config, model.num_parameters(), lengths)
         found["s_per_step"] = seconds / steps
         found["tokens_per_s"] = found["tokens"] / seconds

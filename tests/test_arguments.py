@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -181,16 +183,15 @@ def test_importing_has_no_effect(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
-    """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
-    data = write_rows([{"query": "q", "answer": "a"}])
-    argv = ["--model_name_or_path", untied_model_dir, "--data_path", data, "--save_strategy", "no"]
-    argv = [sys.executable, ROOT / "sft_qwen2.py", *argv, "--output_dir", tmp_path / "outputs"]
+def run_at_a_terminal(folder, *flags) -> tuple[int, str]:
+    """Return (exit code, output) of the script at a terminal of 80 columns, as a new user's."""
+    argv = [sys.executable, ROOT / "sft_qwen2.py", *flags]
     env = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
-    env |= {"HOME": str(tmp_path), "TERM": "xterm"}
+    env |= {"HOME": str(folder), "TERM": "xterm"}
     ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    process = subprocess.Popen([str(arg) for arg in argv], cwd=tmp_path, env=env, **streams)
+    process = subprocess.Popen([str(arg) for arg in argv], cwd=ROOT, env=env, **streams)
     os.close(terminal)
     output = b""
     try:
@@ -198,13 +199,34 @@ def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
             output += block
     except OSError:  # Linux's end of file at a terminal
         pass
-    output = output.decode()
-    assert process.wait(timeout=60) == 0, output
+    return process.wait(timeout=60), output.decode()
+
+
+def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
+    """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
+    data = write_rows([{"query": "q", "answer": "a"}])
+    argv = ["--model_name_or_path", untied_model_dir, "--data_path", data, "--save_strategy", "no"]
+    code, output = run_at_a_terminal(tmp_path, *argv, "--output_dir", tmp_path / "outputs")
+    assert code == 0, output
     assert "offline" in output and "wandb sync" in output
     assert "(1) Create" not in output and "Enter your choice" not in output
     assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
     assert "\033[32ma<|im_end|>\033[0m" in output  # what is trained stands in green
     assert "Traceback" not in output
+
+
+def test_the_console_is_quiet(tmp_path):
+    """The second run of the stand-in: one bar that fits, 40 lines at most, none of them noise."""
+    flags = ["data/tiny.json", "--max_steps", "12", "--logging_steps", "1"]
+    for name in ("first", "second"):
+        code, output = run_at_a_terminal(tmp_path, *flags, "--output_dir", tmp_path / name)
+    assert code == 0, output
+    lines = output.replace("\r\n", "\n").split("\n")
+    bars = [line for line in lines if "12/12" in line]
+    assert len(bars) == 1 and max(map(len, bars[0].split("\r"))) <= 80
+    assert "loss=" in bars[0] and "tokens_per_s=" in bars[0]
+    assert len(lines) <= 40, output  # and the painted example is among them
+    assert not re.search("warn|deprecat|Traceback|error", output, flags=re.I)
 
 
 # ---- The source ---------------------------------------------------------------------------------
