@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import tqdm.auto
 import transformers
 from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attention
 from transformers.hf_argparser import HfArg
@@ -867,7 +868,9 @@ class StepTrainer:
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and sys.stderr.isatty():
-            self.bar = self.bar or transformers.utils.logging.tqdm(total=steps, initial=step)
+            if self.bar is None:
+                self.bar = tqdm.auto.tqdm(total=steps, initial=step)
+                transformers.utils.logging.disable_progress_bar()  # a save's would break this one
             self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
@@ -1205,6 +1208,7 @@ def train(trainer, checkpoint: str | None) -> int:
             signal.signal(number, handler)
         if trainer.bar is not None:
             trainer.bar.close()
+            transformers.utils.logging.enable_progress_bar()
     if number := trainer.agreed_signal():
         step = trainer.state.global_step
         saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
