@@ -324,7 +324,8 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
 
 def file_sha256(path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encode_file(path: Path, tokenizer, system_prompt: str):
@@ -359,7 +360,7 @@ def encode_file(path: Path, tokenizer, system_prompt: str):
                     "num_control_tokens": sum(text.count(token) for token in control_tokens),
                 }
 
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int64")
+    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     features = {"input_ids": ids, "labels": ids, "line": number, "error": datasets.Value("string")}
     features |= {f"num_{kind}tokens": number for kind in ("", "answer_", "control_")}
     unreadable = (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError)
