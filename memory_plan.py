@@ -15,7 +15,7 @@ GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
 COMPUTE_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 LOGIT_SIZE = {"bf16": 8, "fp16": 2, "fp32": 4}  # in bf16: of one in fp32, and of two casts
 LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
-USABLE = 0.95  # of a device's free memory: the rest is CUDA's own
+USABLE = 0.95  # of a device's free memory: the rest is for the CUDA context and gaps
 USABLE_PLAIN = 0.90  # without checkpointing, where most is activations: the allocator leaves gaps
 
 

@@ -63,12 +63,13 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU. The
-# first name that is part of a GPU's own counts.
+# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU. Of these
+# names, the first that a GPU's full name contains is taken.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
 PEAK_TFLOPS |= {"A100": 312, "A800": 312, "V100": 125}
 SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
 SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
+FEW_STEPS = 10  # of the optimizer: fewer hardly move the weights
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
 
 
@@ -161,10 +162,14 @@ def parse_arguments(argv: list[str]) -> tuple:
     if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
         parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
     values = vars(args) | vars(training_args)
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
     for name in ("max_len", "tokens_per_forward", *sizes):
-        if values[name] is not None and values[name] < 1:
+        if values[name] is not None and values[name] <= 0:
             parser.error(f"--{name} must be positive")
+    from transformers.integrations import get_available_reporting_integrations  # takes a second
+
+    for name in set(training_args.report_to) - set(get_available_reporting_integrations()):
+        parser.error(f"--report_to {name} needs a package that is not installed, or does not exist")
     return args, training_args
 
 
@@ -188,6 +193,8 @@ def as_user_error(kinds, sentence: str):
 def find_data_files(data_path: str) -> dict[str, Path]:
     """Return {"train": file} and, if there is one, {"validation": file}; raises UserError."""
     path, found = Path(data_path), {}
+    if not path.exists():
+        raise UserError(f"{path}: does not exist; --data_path names your file or folder")
     for split in ("train", "validation"):
         files = [path] if split == "train" and path.is_file() else path.glob(f"{split}.*")
         found[split] = [file for file in files if file.suffix in DATA_SUFFIXES]
@@ -231,10 +238,12 @@ def parse_json(line: bytes) -> dict | str:
         return "begins with a byte order mark (BOM); save the file as UTF-8 without BOM"
     try:
         row = json.loads(line.decode(), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start}); save the file as UTF-8"
     except json.JSONDecodeError as error:
-        return f"is broken JSON: {error.msg} at character {error.pos}"
+        return f"is broken JSON: {error.msg.removesuffix(' at')} at character {error.pos}"
     except (ValueError, RecursionError) as error:
-        return f"is broken JSON or not UTF-8: {error}"
+        return f"is broken JSON: {error}"
     return row if isinstance(row, dict) else "is not a JSON object"
 
 
@@ -557,8 +566,9 @@ def check_model(name_or_path: str, planned: bool):
     default = ScriptArguments.model_name_or_path
     if name_or_path == default and not planned:
         raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
-    remedy = f"hf download {default} --local-dir qwen2-7b, then --model_name_or_path qwen2-7b"
-    with as_user_error((OSError, ValueError), f"{name_or_path}: no such model; {remedy}"):
+    remedy = f"try hf download {default} --local-dir qwen2, then --model_name_or_path qwen2"
+    sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
+    with as_user_error((OSError, ValueError), sentence):
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     if config.model_type != "qwen2" or config.use_sliding_window:
         raise UserError(f"{name_or_path}: is not a Qwen2 or Qwen2.5 model with full attention")
@@ -614,8 +624,8 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     """Return the Plan and print what each device will hold; raises UserError if too much.
 
     `longest`: the tokens of the longest row. Unless --tokens_per_forward says otherwise,
-    micro-batches are as large as fits, without checkpointing if that is large enough: a layer that
-    is not recomputed saves a fifth of its time.
+    micro-batches are as large as fits; or as fits without checkpointing, if these are not too small
+    to keep the device busy: a layer that is not recomputed saves a fifth of its time.
     """
     on_cpu = precision.compute == "fp32"
     world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
@@ -650,11 +660,7 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     print_loads(loads, capacities, device_map)
     print(f"recompute  {which}")  # by gradient checkpointing
     if world == 1 and len(capacities) > 1:
-        gpus = len(capacities)
-        sharded = choose_precision(OLDEST[precision.compute], gpus, False)
-        each = memory_plan.place(config, tokens, sharded, capacities, gpus)[1][0] / GIB
-        command = f"torchrun --nproc_per_node {gpus} sft_qwen2.py (from {each:.1f} GiB each)"
-        print(f"devices    take turns; at once: {command}")
+        print_torchrun(config, precision, capacities, longest, training_args)
     on_gpu = training_args.device.type == "cuda"
     return Plan(device_map if on_gpu else None, budget, plain)
 
@@ -666,15 +672,29 @@ def print_loads(loads: list[float], capacities: list[float], device_map: dict | 
         print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
 
 
+def print_torchrun(config, precision: Precision, capacities: list, longest: int, training_args):
+    """Say how all GPUs of one process could be used at once, for the same rows per step."""
+    gpus = len(capacities)
+    sharded = choose_precision(OLDEST[precision.compute], gpus, False)
+    each = memory_plan.place(config, longest, sharded, capacities, gpus)[1][0]
+    steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
+    flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
+    way = f"at once: torchrun {flags}"
+    if each > memory_plan.USABLE * min(capacities):
+        way = "too small to work at once"
+    print(f"devices    work in turn; {way} ({each / GIB:.1f} GiB each at least)")
+
+
 def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
     """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
     if precision.compute == "fp32":
         raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
     single, sharded = (choose_precision(OLDEST[precision.compute], n, False) for n in (1, 2))
     ways = memory_plan.what_would_fit(config, *tokens, precision, sharded, capacities, world)
-    if args.fp32 and memory_plan.fits(config, tokens[0], single, capacities):
-        ways.append("one process without --fp32")
-    raise UserError(f"too little memory; what would fit: {'; '.join(ways) or 'a smaller model'}")
+    if (args.fp32 or world > 1) and memory_plan.fits(config, tokens[0], single, capacities):
+        ways.insert(0, "one process" + " without --fp32" * args.fp32)
+    reserve = f"too little memory ({1 - memory_plan.USABLE:.0%} of it stays free)"
+    raise UserError(f"{reserve}; what would fit: {'; '.join(ways) or 'a smaller model'}")
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -700,10 +720,21 @@ class StepTrainer:
         options = {"use_seedable_sampler": True, "data_seed": seed}
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Return Trainer's schedule, from its second rate on: a warm-up's first is 0.
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
+        """Return (epochs, steps of the next) done before; all epochs of a run that is finished.
 
-        The rows of that step would not be trained.
+        Of one that ended within an epoch, Trainer would train a step more.
+        """
+        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if sys.stderr.isatty() and self.is_world_process_zero():
+            self.bar = tqdm.auto.tqdm(total=max_steps, initial=self.state.global_step)
+            transformers.utils.logging.disable_progress_bar()  # a save's would break this one
+        return done if self.state.global_step < max_steps else (epochs, 0)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Return Trainer's schedule, one step ahead where it warms up.
+
+        A warm-up begins with a rate of 0: the rows of that step would not be trained.
         """
         warm_up = self.args.get_warmup_steps(num_training_steps) > 0
         scheduler = super().create_scheduler(num_training_steps + warm_up, optimizer)
@@ -755,7 +786,7 @@ class StepTrainer:
         return loss_sum
 
     def choose_checkpointing(self, tokens: int) -> None:
-        """Let layers be computed again on the way back only where memory asks for it."""
+        """Recompute layers in the backward pass only where memory asks for it."""
         if self.args.gradient_checkpointing:
             for layer in self.model.model.layers:
                 layer.gradient_checkpointing = tokens > self.plain_tokens
@@ -845,7 +876,8 @@ class StepTrainer:
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {"eval_loss": loss_sum / token_sum}
         self.log(metrics)
-        print(f"eval_loss  {loss_sum / token_sum:.4f} at step {self.state.global_step}", flush=True)
+        at = f"at step {self.state.global_step}"
+        tqdm.auto.tqdm.write(f"eval_loss  {metrics['eval_loss']:.4f} {at}")  # above the bar
         self.since += time.time() - began  # no part of the steps' time
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -868,10 +900,7 @@ class StepTrainer:
             print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
-        if "loss" in logs and sys.stderr.isatty():
-            if self.bar is None:
-                self.bar = tqdm.auto.tqdm(total=steps, initial=step)
-                transformers.utils.logging.disable_progress_bar()  # a save's would break this one
+        if "loss" in logs and self.bar is not None:
             self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
             self.bar.update(step - self.bar.n)
         elif "loss" in logs:  # a bar would fill a log file
@@ -970,8 +999,12 @@ def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[in
     they must cut a step into micro-batches in the same way.
     """
     if gpus:
-        capacities = memory_plan.parse_gpus(gpus)
-        return capacities, OLDEST["bf16" if min(capacities) > 32 * GIB else "fp16"]  # 32: a V100
+        capacities, processes = memory_plan.parse_gpus(gpus), training_args.world_size
+        if processes not in (1, len(capacities)):
+            raise UserError(f"--gpus has {len(capacities)} GPUs for {processes} processes")
+        old = {16 * GIB, 32 * GIB} & set(capacities)  # V100s, and the T4
+        capacities = capacities if processes == 1 else [min(capacities)] * processes
+        return capacities, OLDEST["fp16" if old else "bf16"]
     import psutil  # comes with accelerate
     from accelerate.utils import gather_object
 
@@ -997,7 +1030,10 @@ def plan_steps(budget: int, training_args, lengths: np.ndarray) -> None:
     sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
     world_size = training_args.world_size
     passes = len(bin_rows(sample, budget, world_size)) // world_size
-    print(f"steps      {steps} of {rows} rows, {passes} or so forward passes of {budget} tokens")
+    each = f"{min(rows, len(lengths))} rows, {passes} or so forward passes of {budget} tokens"
+    print(f"steps      {steps} of {each}")
+    if steps < FEW_STEPS:
+        print(f"{'':10} few to learn from: lower --gradient_accumulation_steps, or train longer")
 
 
 def plan_disk(config, precision: Precision, args: ScriptArguments, training_args) -> None:
@@ -1007,8 +1043,9 @@ def plan_disk(config, precision: Precision, args: ScriptArguments, training_args
     folder = Path(training_args.output_dir).resolve()
     folder = next(place for place in (folder, *folder.parents) if place.exists())
     needed, free = (weights + kept * checkpoint) / GIB, shutil.disk_usage(folder).free / GIB
-    print(f"disk       {needed:.1f} GiB for {kept} checkpoints and the export, {free:.1f} GiB free")
-    if needed > free and not args.gpus:  # with --gpus, it is the disk of another machine
+    here = "" if args.gpus else f", {free:.1f} GiB free"  # else, it is another machine's disk
+    print(f"disk       {needed:.1f} GiB for {kept} checkpoints and the export{here}")
+    if needed > free and here:
         raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
 
 
@@ -1050,8 +1087,10 @@ def open_run(args, training_args, precision: Precision, counts: dict, data_sha25
     record, metrics = output_dir / "run.json", output_dir / "metrics.jsonl"
     names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
     terms = {name: getattr(args, name) for name in names}
-    terms |= {"rows_per_step": rows_per_step(training_args), "seed": training_args.seed}
-    terms |= {"data_sha256": data_sha256, "weights": str(precision.weights)}
+    settings = training_args.to_dict()
+    names = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
+    terms |= {"rows_per_step": rows_per_step(training_args)} | {k: settings[k] for k in names}
+    terms |= {"train_file_sha256": data_sha256, "weights": str(precision.weights)}
     terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
@@ -1072,7 +1111,7 @@ def open_run(args, training_args, precision: Precision, counts: dict, data_sha25
         "counts": counts,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "arguments": vars(args),
-        "training_arguments": training_args.to_dict(),
+        "training_arguments": settings,
         "git": subprocess.run("git describe --always --dirty", **options).stdout.strip(),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -1120,7 +1159,7 @@ def prepare(args: ScriptArguments, training_args):
         precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
     weights = str(precision.weights).removeprefix("torch.")
     formats = f"{precision.compute} over {weights} weights, {precision.optim}"
-    print(f"precision  {formats} ({precision.reason})")
+    print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
     plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
     plan_steps(plan.tokens_per_forward, training_args, lengths)
     plan_disk(config, precision, args, training_args)
@@ -1197,7 +1236,8 @@ def train(trainer, checkpoint: str | None) -> int:
     def stop(number, frame):
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-        print(f"{signal.Signals(number).name}: saving after this step", flush=True)
+        name = signal.Signals(number).name
+        tqdm.auto.tqdm.write(f"{name}: saving after this step; a second one stops unsaved")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
@@ -1237,6 +1277,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error{rank}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training began: there is nothing to save
+        print("stopped    before training began", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

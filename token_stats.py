@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def print_stats(stats: dict) -> None:
     total, (edges, counts) = stats["tokens"]["total"], stats["histogram"].values()
-    print(f"最大长度 longest: {total['max']}\n最小长度 shortest: {total['min']}")
+    print("最大长度 longest: {max}\n最小长度 shortest: {min}".format(**total))
     print(f"平均长度 mean: {total['mean']}\n")
     print("tokens  " + "".join(f"{name:>10}" for name in total))
     for part, found in stats["tokens"].items():
@@ -152,12 +152,11 @@ def print_stats(stats: dict) -> None:
 
 
 def plot(stats: dict, file: str) -> None:
-    """Save the histogram as a picture; raises ImportError, OSError, ValueError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    axes, marks = figure.subplots(), {"max_len": stats["suggestion"]["max_len"]}
-    marks |= {name: stats["tokens"]["total"][name] for name in ("p50", "p99")}
+    axes, total = figure.subplots(), stats["tokens"]["total"]
+    marks = {"max_len": stats["suggestion"]["max_len"], "p50": total["p50"], "p99": total["p99"]}
     axes.stairs(stats["histogram"]["rows"], stats["histogram"]["edges"], fill=True, color="skyblue")
     for name, x in marks.items():
         axes.axvline(x, color="black", linestyle="--")
@@ -191,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot and "tokens" in stats:
             plot(stats, args.plot)
     except (ImportError, OSError, ValueError) as error:
-        problems.append(f"error: no {args.plot}: {error} (pip install matplotlib)")
+        remedy = "pip install matplotlib" if isinstance(error, ImportError) else error
+        problems.append(f"error: no {args.plot}: {remedy}")
     print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
     return int(bool(problems))
 

@@ -140,7 +140,10 @@ def wait_for_save(pid: int, aside: Path, rng: random.Random) -> int | None:
 
 
 def count_files(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*")) if folder.exists() else -1
+    try:
+        return sum(path.is_file() for path in folder.rglob("*")) if folder.exists() else -1
+    except FileNotFoundError:  # the save ended just now
+        return -1
 
 
 def kill_once(argv: list[str], output_dir: Path, rng: random.Random, run_s=None) -> dict:

@@ -79,6 +79,8 @@ WRONG_FLAGS = {
     "refused by transformers": (["--warmup_steps", "-1"], "warmup_steps"),
     "length of nothing": (["--max_len", "0"], "--max_len"),
     "budget of nothing": (["--tokens_per_forward", "0"], "--tokens_per_forward"),
+    "no epochs": (["--num_train_epochs", "0"], "--num_train_epochs"),
+    "no such reporter": (["--report_to", "tensorbord"], "tensorbord"),
     "number format": (["--bf16"], "bf16"),
     "best checkpoint": (["--save_strategy", "best", "--metric_for_best_model", "loss"], "best"),
     "no such file": (["missing.json"], "missing.json"),

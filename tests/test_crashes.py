@@ -217,15 +217,31 @@ def test_a_run_is_not_overwritten(run, finished):
     [
         ({"max_len": 256}, ("max_len", 512, 256)),
         ({"per_device_train_batch_size": 3}, ("rows_per_step", 6, 3)),
-        ({"data_path": ROOT / "data" / "train.jsonl"}, ("data_sha256",)),
+        ({"data_path": ROOT / "data" / "train.jsonl"}, ("train_file_sha256",)),
         ({"overflow_strategy": "drop"}, ("overflow_strategy", "truncate", "drop")),
         ({"system_prompt": "Other."}, ("system_prompt", "Other.")),
         ({"seed": 7}, ("seed", 42, 7)),
+        ({"learning_rate": 1e-3}, ("learning_rate", 0.003, 0.001)),
+        ({"lr_scheduler_type": "linear"}, ("lr_scheduler_type", "cosine", "linear")),
         ({"optim": "adafactor"}, ("optim", "adamw_torch_fused", "adafactor")),
     ],
 )
 def test_a_run_is_resumed_on_its_own_terms_only(run, finished, flags, words):
     check_refused(run(finished.output_dir, resume=True, **flags), "cannot be resumed", *words)
+
+
+@pytest.mark.parametrize("epochs", [1, 0.75])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(run, tmp_path, epochs):
+    """No step is added, also where the end is within an epoch, and the model is exported again."""
+    first = run(tmp_path, num_train_epochs=epochs)
+    weights = load_file(tmp_path / "model.safetensors")
+    before = checkpoints(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # as if killed before the export
+    again = run(tmp_path, num_train_epochs=epochs, resume=True)
+    assert (first.code, again.code) == (0, 0), again.err
+    assert list(again.losses) == list(range(1, int(STEPS * epochs) + 1))
+    assert checkpoints(tmp_path) == before
+    torch.testing.assert_close(load_file(tmp_path / "model.safetensors"), weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("record", [None, "", '{"terms": {'])

@@ -370,7 +370,7 @@ def planned(gpus: str | None, command: str, world: int) -> list[str]:
     words = shlex.split(command.strip("`").partition(".py")[2])
     args, training_args = sft_qwen2.parse_arguments(words)
     assert step_rows(training_args, world) == ROWS_PER_STEP or world == 1
-    capacities, capability = sft_qwen2.find_devices(gpus, None) if gpus else ([16 * GIB], None)
+    capacities, capability = sft_qwen2.find_devices(gpus, SimpleNamespace(world_size=world)) if gpus else ([16 * GIB], None)
     precision = sft_qwen2.choose_precision(capability, world, args.fp32)
     config = make_config(re.search(r"Qwen2-([\d.]+B)", args.model_name_or_path).group(1))
     names = ("per_device_train_batch_size", "gradient_checkpointing", "device")
