@@ -261,7 +261,7 @@ def test_the_record_of_a_run(finished, folder):
     assert torch.__version__.startswith(about["versions"]["torch"])
     assert about["versions"]["transformers"] == transformers.__version__
     assert about["counts"]["train"]["rows_trained"] == STEPS * ROWS_PER_STEP
-    assert about["terms"]["data_sha256"] == sft_qwen2.file_sha256(folder / "rows.jsonl")
+    assert about["terms"]["train_file_sha256"] == sft_qwen2.file_sha256(folder / "rows.jsonl")
     assert about["terms"]["rows_per_step"] == ROWS_PER_STEP
 
 
