@@ -370,12 +370,15 @@ def planned(gpus: str | None, command: str, world: int) -> list[str]:
     words = shlex.split(command.strip("`").partition(".py")[2])
     args, training_args = sft_qwen2.parse_arguments(words)
     assert step_rows(training_args, world) == ROWS_PER_STEP or world == 1
-    capacities, capability = sft_qwen2.find_devices(gpus, SimpleNamespace(world_size=world)) if gpus else ([16 * GIB], None)
-    precision = sft_qwen2.choose_precision(capability, world, args.fp32)
-    config = make_config(re.search(r"Qwen2-([\d.]+B)", args.model_name_or_path).group(1))
-    names = ("per_device_train_batch_size", "gradient_checkpointing", "device")
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "device")
+    names += ("gradient_checkpointing",)
     process = SimpleNamespace(**{name: getattr(training_args, name) for name in names})
     process.world_size = world
+    capacities, capability = [16 * GIB], None
+    if gpus:
+        capacities, capability = sft_qwen2.find_devices(gpus, process)
+    precision = sft_qwen2.choose_precision(capability, world, args.fp32)
+    config = make_config(re.search(r"Qwen2-([\d.]+B)", args.model_name_or_path).group(1))
     terms = (config, args, process, precision)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         sft_qwen2.plan_memory(*terms, capacities, args.max_len)
