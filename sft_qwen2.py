@@ -36,7 +36,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -1055,7 +1055,10 @@ def start_wandb(training_args) -> None:
         return
     import wandb
 
-    wanted = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    wanted = os.environ.get("WANDB_MODE", "offline")
+    with suppress(Exception):  # a key that is none
+        if "WANDB_MODE" not in os.environ and wandb.login(prompt=False, verify=False):
+            wanted = "online"
     options = {"name": training_args.run_name, "dir": training_args.output_dir}
     options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
     options["settings"] = wandb.Settings(init_timeout=30, silent=True)
