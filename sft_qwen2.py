@@ -634,6 +634,7 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     if args.device_map != "auto" and world == 1:
         print("memory     not planned: the device map is your own")
         return Plan(args.device_map, budget, 0)
+    # With checkpointing: the largest micro-batch that fits, or the one that is asked for.
     terms = (precision, capacities, world)
     if not args.tokens_per_forward:
         while budget > longest and not memory_plan.fits(config, budget, *terms):
@@ -643,8 +644,9 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     if not memory_plan.fits(config, tokens, *terms):
         print_loads(loads, capacities, device_map)
         refuse_plan(config, args, precision, capacities, (tokens, longest), world)
-    terms = (precision, device_map, capacities, world)
-    plain = memory_plan.largest_plain(config, tokens, *terms)
+    # Without: as many tokens as fit while layers stay on their devices, if that is enough.
+    placed = (precision, device_map, capacities, world)
+    plain = memory_plan.largest_plain(config, tokens, *placed)
     enough = FAST_TOKENS_GPU if training_args.gradient_checkpointing else longest
     if not args.tokens_per_forward and plain >= enough:
         budget = min(budget, plain)
@@ -652,11 +654,10 @@ def plan_memory(config, args, training_args, precision: Precision, capacities: l
     if not training_args.gradient_checkpointing and plain < tokens:
         raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
-    loads = memory_plan.peak_loads(config, tokens, plain, *terms)
+    loads = memory_plan.peak_loads(config, tokens, plain, *placed)
     if plain >= tokens:  # then another split is the most even
         which = "nothing: memory suffices"
-        terms = (precision, capacities, world, False)
-        device_map, loads = memory_plan.place(config, tokens, *terms)
+        device_map, loads = memory_plan.place(config, tokens, *terms, checkpointing=False)
     print_loads(loads, capacities, device_map)
     print(f"recompute  {which}")  # by gradient checkpointing
     if world == 1 and len(capacities) > 1:
