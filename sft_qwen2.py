@@ -166,10 +166,9 @@ def parse_arguments(argv: list[str]) -> tuple:
     for name in ("max_len", "tokens_per_forward", *sizes):
         if values[name] is not None and values[name] <= 0:
             parser.error(f"--{name} must be positive")
-    from transformers.integrations import get_available_reporting_integrations  # takes a second
-
-    for name in set(training_args.report_to) - set(get_available_reporting_integrations()):
-        parser.error(f"--report_to {name} needs a package that is not installed, or does not exist")
+    for name in training_args.report_to:  # TrainingArguments have imported what is asked here
+        if name not in transformers.integrations.get_available_reporting_integrations():
+            parser.error(f"--report_to {name}: there is none, or its package is not installed")
     return args, training_args
 
 
@@ -187,6 +186,12 @@ def as_user_error(kinds, sentence: str):
     except kinds as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{sentence}: {cause}") from error
+
+
+def say(text: str, file=None) -> None:
+    """Print a line, by default to stdout, at once and above the bar that may be on screen."""
+    tqdm.auto.tqdm.write(text, file=file)
+    (file or sys.stdout).flush()
 
 
 # ---- Rows: what is read, and why a row is refused -----------------------------------------------
@@ -722,9 +727,9 @@ class StepTrainer:
         return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
 
     def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
-        """Return (epochs, steps of the next) done before; all epochs of a run that is finished.
+        """Begin the bar; return (epochs, steps of the next) done before.
 
-        Of one that ended within an epoch, Trainer would train a step more.
+        Of a finished run all epochs: Trainer would add a step if it ended within one.
         """
         done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
         if sys.stderr.isatty() and self.is_world_process_zero():
@@ -815,12 +820,12 @@ class StepTrainer:
             raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
         if self.plain_tokens and self.args.gradient_checkpointing:
             self.plain_tokens = 0
-            print(f"memory     out with {tokens} tokens; now with gradient checkpointing for all")
+            say(f"memory     out with {tokens} tokens; now with gradient checkpointing for all")
         elif len(largest) == 1:
             raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
         else:
             self.tokens_per_forward = half
-            print(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
+            say(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
         self.log({"tokens_per_forward": self.tokens_per_forward})
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -849,7 +854,7 @@ class StepTrainer:
             os.sync()
         except Exception as caught:  # each library has its own for a full disk; training can go on
             error = caught
-            print(f"{name} could not be saved; earlier ones are whole: {error}", file=sys.stderr)
+            say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
         self.args.output_dir = str(output_dir)
         failed = torch.tensor(float(error is not None), device=self.args.device)
         failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
@@ -877,8 +882,7 @@ class StepTrainer:
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {"eval_loss": loss_sum / token_sum}
         self.log(metrics)
-        at = f"at step {self.state.global_step}"
-        tqdm.auto.tqdm.write(f"eval_loss  {metrics['eval_loss']:.4f} {at}")  # above the bar
+        say(f"eval_loss  {metrics['eval_loss']:.4f} at step {self.state.global_step}")
         self.since += time.time() - began  # no part of the steps' time
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -890,7 +894,7 @@ class StepTrainer:
         try:
             super().log(logs, start_time)
         except Exception as error:  # wandb's, of whatever kind: a report must not cost the run
-            print(f"wandb      lost step {self.state.global_step}: {error}", flush=True)
+            say(f"wandb      lost step {self.state.global_step}: {error}")
         if not self.is_world_process_zero():
             return
         step, steps = self.state.global_step, self.state.max_steps
@@ -898,7 +902,7 @@ class StepTrainer:
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **logs}) + "\n")
         except OSError as error:  # a full disk; the next line may have room again
-            print(f"step {step} is not in metrics.jsonl: {error}", flush=True)
+            say(f"step {step} is not in metrics.jsonl: {error}")
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and self.bar is not None:
@@ -1056,14 +1060,13 @@ def start_wandb(training_args) -> None:
         return
     import wandb
 
-    wanted = os.environ.get("WANDB_MODE", "offline")
-    with suppress(Exception):  # a key that is none
-        if "WANDB_MODE" not in os.environ and wandb.login(prompt=False, verify=False):
-            wanted = "online"
+    wanted = os.environ.get("WANDB_MODE")
+    with suppress(Exception):  # what stands for a key is none
+        wanted = wanted or ("online" if wandb.login(prompt=False, verify=False) else None)
     options = {"name": training_args.run_name, "dir": training_args.output_dir}
     options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
     options["settings"] = wandb.Settings(init_timeout=30, silent=True)
-    for mode in dict.fromkeys((wanted, "offline")):
+    for mode in dict.fromkeys((wanted or "offline", "offline")):
         try:
             wandb.init(mode=mode, **options)
             break
@@ -1089,11 +1092,11 @@ def open_run(args, training_args, precision: Precision, counts: dict, data_sha25
     """
     output_dir = Path(training_args.output_dir)
     record, metrics = output_dir / "run.json", output_dir / "metrics.jsonl"
+    settings, terms = training_args.to_dict(), {"rows_per_step": rows_per_step(training_args)}
     names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
-    terms = {name: getattr(args, name) for name in names}
-    settings = training_args.to_dict()
+    terms |= {name: getattr(args, name) for name in names}
     names = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
-    terms |= {"rows_per_step": rows_per_step(training_args)} | {k: settings[k] for k in names}
+    terms |= {name: settings[name] for name in names}
     terms |= {"train_file_sha256": data_sha256, "weights": str(precision.weights)}
     terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
     checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
@@ -1241,7 +1244,7 @@ def train(trainer, checkpoint: str | None) -> int:
         trainer.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
         name = signal.Signals(number).name
-        tqdm.auto.tqdm.write(f"{name}: saving after this step; a second one stops unsaved")
+        say(f"{name}: saving after this step; a second one stops unsaved")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"

@@ -37,11 +37,10 @@ def load_tokenizer(name: str, system_prompt: str):
     """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
     import sft_qwen2
 
-    try:
+    remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
+    sentence = f"{name}: no tokenizer, here or on the hub; {remedy}"
+    with sft_qwen2.as_user_error((OSError, ValueError), sentence):
         tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
-    except (OSError, ValueError) as error:
-        remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
-        raise sft_qwen2.UserError(f"{name}: no tokenizer, here or on the hub; {remedy}") from error
     limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
     with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
         config = sft_qwen2.transformers.AutoConfig.from_pretrained(name)
@@ -134,7 +133,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def print_stats(stats: dict) -> None:
     total, (edges, counts) = stats["tokens"]["total"], stats["histogram"].values()
-    print("最大长度 longest: {max}\n最小长度 shortest: {min}".format(**total))
+    print(f"最大长度 longest: {total['max']}\n最小长度 shortest: {total['min']}")
     print(f"平均长度 mean: {total['mean']}\n")
     print("tokens  " + "".join(f"{name:>10}" for name in total))
     for part, found in stats["tokens"].items():
@@ -152,11 +151,12 @@ def print_stats(stats: dict) -> None:
 
 
 def plot(stats: dict, file: str) -> None:
+    """Save the histogram as a picture; raises ImportError, OSError, ValueError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    axes, total = figure.subplots(), stats["tokens"]["total"]
-    marks = {"max_len": stats["suggestion"]["max_len"], "p50": total["p50"], "p99": total["p99"]}
+    axes, marks = figure.subplots(), {"max_len": stats["suggestion"]["max_len"]}
+    marks |= {name: stats["tokens"]["total"][name] for name in ("p50", "p99")}
     axes.stairs(stats["histogram"]["rows"], stats["histogram"]["edges"], fill=True, color="skyblue")
     for name, x in marks.items():
         axes.axvline(x, color="black", linestyle="--")
@@ -190,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot and "tokens" in stats:
             plot(stats, args.plot)
     except (ImportError, OSError, ValueError) as error:
-        remedy = "pip install matplotlib" if isinstance(error, ImportError) else error
-        problems.append(f"error: no {args.plot}: {remedy}")
+        hint = " (pip install matplotlib)" * isinstance(error, ImportError)
+        problems.append(f"error: no {args.plot}: {error}{hint}")
     print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
     return int(bool(problems))
 

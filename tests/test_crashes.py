@@ -657,6 +657,17 @@ def test_wandb_that_fails_in_mid_run_does_not_stop_it(run, finished, tmp_path, m
     assert result.losses == finished.losses
 
 
+def test_what_is_no_wandb_key_does_not_stop_the_run(run, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    result = run(tmp_path, report_to="wandb")
+    wandb.finish()
+    assert result.code == 0, result.err
+    assert "records offline" in result.out
+
+
 def test_wandb_does_not_wait_for_long(run, tmp_path, monkeypatch):
     import wandb
 
