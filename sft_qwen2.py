@@ -242,7 +242,7 @@ def parse_json(line: bytes) -> dict | str:
     if line.startswith(b"\xef\xbb\xbf"):
         return "begins with a byte order mark (BOM); save the file as UTF-8 without BOM"
     try:
-        row = json.loads(line.decode(), object_pairs_hook=unique)
+        row = json.loads(line.rstrip(b"\r\n").decode(), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 (byte {error.start}); save the file as UTF-8"
     except json.JSONDecodeError as error:

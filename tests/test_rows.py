@@ -72,6 +72,7 @@ BAD_ROWS = {
     "only system": (turns(S), "assistant last"),
     "user last": (turns(Q, A, Q), "assistant last"),
     "empty turn": (turns(Q, A, Q, ("assistant", "")), "empty assistant"),
+    "cut short": (b'{"query": "q", "answer": "a', "Unterminated string"),
     "not UTF-8": (b'{"query": "q", "answer": "\xff"}', "UTF-8"),
     "latin-1": ('{"query": "q", "answer": "café"}'.encode("latin-1"), "UTF-8"),
     "UTF-16": ('{"query": "q"}'.encode("utf-16"), "UTF-8"),
