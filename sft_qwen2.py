@@ -25,7 +25,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -41,9 +40,17 @@ import tqdm.auto
 import transformers
 from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attention
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import rotate_checkpoints
 
 from sft.arguments import parse_arguments
+from sft.callbacks import (
+    MetricsLog,
+    StopOnSignal,
+    draw_losses,
+    finish_wandb,
+    lasting_console,
+    start_wandb,
+    train,
+)
 from sft.memory_plan import (
     COMPUTE_DTYPES,
     GIB,
@@ -63,7 +70,6 @@ from sft.rows import (
     UserError,
     as_user_error,
     encode_file,
-    file_sha256,
     find_data_files,
     fit_rows,
     paint,
@@ -73,7 +79,7 @@ from sft.rows import (
     say,
     write_rejected,
 )
-from sft.run_folder import draw_losses, open_run, start_wandb, train
+from sft.run_folder import WholeCheckpoints, check_loading, open_run, resume_terms, saved_so_far
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
 SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
@@ -316,9 +322,16 @@ def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
     masks = transformers.AttentionMaskInterface
     masks.register("row_attention", masks()["sdpa"])  # for generation
     bases = (AnswerLoss, transformers.Qwen2ForCausalLM)  # here: importing models takes seconds
-    return type("Qwen2ForCausalLM", bases, {}).from_pretrained(
-        name_or_path, dtype=dtype, device_map=device_map, attn_implementation="row_attention"
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, loaded = type("Qwen2ForCausalLM", bases, {}).from_pretrained(
+        name_or_path,
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation="row_attention",
+        **options,
     )
+    check_loading(loaded, name_or_path)
+    return model
 
 
 # ---- Precision and placement --------------------------------------------------------------------
@@ -333,7 +346,6 @@ class StepTrainer:
     """
 
     bar = None
-    stop_signal = 0  # the number of the one that came
     bad_norms = 0  # consecutive steps whose gradient norm was not finite
 
     def get_train_dataloader(self):
@@ -405,7 +417,6 @@ class StepTrainer:
         # Exactly 0 is what wrong labels and overflown logits look like.
         if not math.isfinite(step_loss) or step_loss == 0:
             raise self.broken_step(f"its loss is {step_loss}", rows)
-        self.control.should_training_stop |= self.agreed_signal() > 0
         self.rows = rows
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         flops = training_flops(self.model.config, self.num_parameters, lengths)
@@ -424,11 +435,6 @@ class StepTrainer:
         With FSDP it exchanges them each time: kept, they would be whole, 4 bytes a parameter.
         """
         return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
-
-    def agreed_signal(self) -> int:
-        """Return the signal that any process got, or 0: all must stop after the same step."""
-        number = torch.tensor(self.stop_signal, device=self.args.device)
-        return int(self.accelerator.gather(number).max())
 
     def lower_budget(self, batches: list[dict]) -> None:
         """Checkpoint all layers, or if so already, halve tokens_per_forward.
@@ -465,32 +471,6 @@ class StepTrainer:
             f"weights; checkpoints are as they were, nothing is exported. Its rows: {lines}"
         )
 
-    def _save_checkpoint(self, model, trial=None) -> None:
-        """Save a checkpoint aside and rename it once it is on disk: it is whole, or not there."""
-        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        aside, error = output_dir / "unfinished", None
-        self.args.output_dir = str(aside)
-        try:
-            super()._save_checkpoint(model, trial)  # every process writes a part
-            os.sync()
-        except Exception as caught:  # each library has its own for a full disk; training can go on
-            error = caught
-            say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
-        self.args.output_dir = str(output_dir)
-        failed = torch.tensor(float(error is not None), device=self.args.device)
-        failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
-        if self.args.should_save:
-            if not failed:
-                os.replace(aside / name, output_dir / name)
-                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir=None, state_dict=None):
-        if state_dict and self.model.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
-        super()._save(output_dir, state_dict)
-
     def evaluate(self, ignore_keys=None):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
         began, rows, loss_sum, token_sum = time.time(), iter(self.eval_dataset), 0.0, 0
@@ -519,11 +499,6 @@ class StepTrainer:
         if not self.is_world_process_zero():
             return
         step, steps = self.state.global_step, self.state.max_steps
-        try:
-            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **logs}) + "\n")
-        except OSError as error:  # a full disk; the next line may have room again
-            say(f"step {step} is not in metrics.jsonl: {error}")
         values = {name: logs[name] for name in SHOWN if name in logs}
         shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
         if "loss" in logs and self.bar is not None:
@@ -554,7 +529,9 @@ def sharded_policy(compute: str):
     return torch.distributed.fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
 
 
-def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
+def build_trainer(
+    model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan, stop
+):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
@@ -573,8 +550,11 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     datasets = {"train_dataset": rows["train"], "eval_dataset": rows.get("validation")}
-    trainer_class = type("SFTTrainer", (StepTrainer, transformers.Trainer), {})
-    trainer = trainer_class(model, args, data_collator=list, processing_class=tokenizer, **datasets)
+    trainer_class = type("SFTTrainer", (StepTrainer, WholeCheckpoints, transformers.Trainer), {})
+    callbacks = {"callbacks": [stop, MetricsLog()]}
+    trainer = trainer_class(
+        model, args, data_collator=list, processing_class=tokenizer, **datasets, **callbacks
+    )
     for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
@@ -637,24 +617,31 @@ def prepare(args: ScriptArguments, training_args):
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
-    checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
-    if args.skip_bad_rows and training_args.should_save:
-        with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
-            for split, table in tables.items():
-                write_rejected(table, files[split], file)
-    return files, rows, tokenizer, precision, plan, checkpoint
+    return files, tables, rows, counts, tokenizer, config, precision, plan
 
 
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, train, export; return the exit code. Raises UserError."""
     if not (prepared := prepare(args, training_args)):
         return 0
-    files, rows, tokenizer, precision, plan, checkpoint = prepared
+    terms = resume_terms(args, training_args, prepared[6], prepared[2])
+    with open_run(args, training_args, terms, prepared[3]) as checkpoint:
+        return train_and_export(args, training_args, *prepared, checkpoint)
+
+
+def train_and_export(
+    args, training_args, files, tables, rows, counts, tokenizer, config, precision, plan, checkpoint
+) -> int:
+    if args.skip_bad_rows and training_args.should_save:
+        with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
+            for split, table in tables.items():
+                write_rejected(table, files[split], file)
     if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
     start_wandb(training_args)
-    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
+    stop = StopOnSignal()
+    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
     trainer.train_file = files["train"]
     samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
     if samples:
@@ -662,14 +649,11 @@ def run(args: ScriptArguments, training_args) -> int:
         first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
         prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
         before = answer_samples(model, tokenizer, prompts)
-    if stop_signal := train(trainer, checkpoint):
+    if stop_signal := train(trainer, stop, checkpoint):
         return 128 + stop_signal
     model.config.use_cache = True  # Trainer turned it off; what is served needs it
-    failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
-    if training_args.fsdp:  # one ordinary model folder
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with as_user_error(Exception, failure):  # each library has its own for a full disk
-        trainer.save_model()
+    dtype = config.dtype or precision.weights
+    trainer.export(dtype, IM_END)
     if "validation" in rows:
         trainer.evaluate()
     if samples:
@@ -677,10 +661,11 @@ def run(args: ScriptArguments, training_args) -> int:
         for prompt, old, new in zip(prompts, before, after):
             print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
     if trainer.is_world_process_zero():
-        draw_losses(Path(training_args.output_dir))
+        draw_losses(trainer.state.log_history, Path(training_args.output_dir, "loss.png"))
     output_dir = training_args.output_dir
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
+    finish_wandb()
+    print(f"model      {output_dir}, {str(dtype)[6:]}; to serve it: vllm serve {output_dir}")
     return 0
 
 
@@ -693,7 +678,8 @@ def main(argv: list[str] | None = None) -> int:
     if training_args.process_index > 0:  # the first prints for all; each its own error
         sys.stdout = io.StringIO()
     try:
-        code = run(args, training_args)
+        with lasting_console():
+            code = run(args, training_args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return code
@@ -701,8 +687,8 @@ def main(argv: list[str] | None = None) -> int:
         rank = f" in process {training_args.process_index}" * (training_args.world_size > 1)
         print(f"error{rank}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before training began: there is nothing to save
-        print("stopped    before training began", file=sys.stderr)
+    except KeyboardInterrupt:  # not in training
+        print(f"stopped    {saved_so_far(training_args.output_dir)}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
