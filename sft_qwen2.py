@@ -46,10 +46,9 @@ from sft.callbacks import (
     MetricsLog,
     StopOnSignal,
     draw_losses,
-    finish_wandb,
     lasting_console,
-    start_wandb,
     train,
+    wandb_run,
 )
 from sft.memory_plan import (
     COMPUTE_DTYPES,
@@ -368,7 +367,7 @@ class StepTrainer:
         if sys.stderr.isatty() and self.is_world_process_zero():
             self.bar = tqdm.auto.tqdm(total=max_steps, initial=self.state.global_step)
             transformers.utils.logging.disable_progress_bar()  # a save's would break this one
-        return done if self.state.global_step < max_steps else (epochs, 0)
+        return done
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Return Trainer's schedule, one step ahead where it warms up.
@@ -625,7 +624,8 @@ def run(args: ScriptArguments, training_args) -> int:
     if not (prepared := prepare(args, training_args)):
         return 0
     terms = resume_terms(args, training_args, prepared[6], prepared[2])
-    with open_run(args, training_args, terms, prepared[3]) as checkpoint:
+    folder = open_run(args, training_args, terms, prepared[3])
+    with folder as checkpoint, wandb_run(training_args):
         return train_and_export(args, training_args, *prepared, checkpoint)
 
 
@@ -639,7 +639,6 @@ def train_and_export(
     if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
-    start_wandb(training_args)
     stop = StopOnSignal()
     trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
     trainer.train_file = files["train"]
@@ -664,7 +663,6 @@ def train_and_export(
         draw_losses(trainer.state.log_history, Path(training_args.output_dir, "loss.png"))
     output_dir = training_args.output_dir
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    finish_wandb()
     print(f"model      {output_dir}, {str(dtype)[6:]}; to serve it: vllm serve {output_dir}")
     return 0
 

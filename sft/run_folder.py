@@ -3,6 +3,7 @@
 In output_dir only names like OWN are ever replaced or deleted, and only if run.json is a run's.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -74,8 +75,8 @@ def whole_checkpoints(output_dir) -> list[Path]:
 
 def saved_so_far(output_dir) -> str:
     """Return in words what --resume would go on from."""
-    names = [path.name for path in whole_checkpoints(output_dir)] or ["nothing"]
-    return f"{names[-1]} is saved; --resume goes on from there"
+    names = [path.name for path in whole_checkpoints(output_dir)]
+    return f"{names[-1]} is saved; --resume goes on from there" if names else "nothing is saved"
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -157,8 +158,6 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
 @contextmanager
 def lock_folder(output_dir: Path):
     """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
-    import fcntl  # not on Windows
-
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
         file.seek(0)
@@ -211,6 +210,22 @@ class WholeCheckpoints:
     def _get_output_dir(self, trial=None) -> str:
         """Return where Trainer may write, and delete what it takes for old: aside."""
         return os.path.join(self.args.output_dir, ASIDE)
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
+        """Return (epochs, steps of the next) that are done; of a run that had ended, all."""
+        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if (best / MANIFEST).exists():  # output_dir may have been moved
+            self.state.best_model_checkpoint = str(best)
+        early = self.state.stateful_callbacks.get("EarlyStoppingCallback")
+        ended = self.state.global_step >= max_steps or (
+            early
+            and (
+                early["attributes"]["early_stopping_patience_counter"]
+                >= early["args"]["early_stopping_patience"]
+            )
+        )
+        return (epochs, 0) if ended else done
 
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
@@ -286,15 +301,17 @@ class WholeCheckpoints:
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         failure = f"{output_dir}: the model is not written; make room, then --resume"
-        with as_user_error(Exception, failure):  # each library has its own for a full disk
-            weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
-            add_old_names(aside, dtype)
-            for name in sorted(describe_files(aside), key="config.json".__eq__):
-                os.chmod(aside / name, (aside / "config.json").stat().st_mode)
-                os.replace(aside / name, output_dir / name)
-            aside.rmdir()
+        try:
+            with as_user_error(Exception, failure):  # each library has its own for a full disk
+                weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+                model.save_pretrained(aside, state_dict=weights)
+                tokenizer.save_pretrained(aside)
+                add_old_names(aside, dtype)
+                for name in sorted(describe_files(aside), key="config.json".__eq__):
+                    os.chmod(aside / name, (aside / "config.json").stat().st_mode)
+                    os.replace(aside / name, output_dir / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def add_old_names(folder: Path, dtype: torch.dtype) -> None:
