@@ -227,6 +227,13 @@ class WholeCheckpoints:
         )
         return (epochs, 0) if ended else done
 
+    def log(self, logs: dict, start_time=None) -> None:
+        """Log as Trainer does; what a reporter raises must not cost the run."""
+        try:
+            super().log(logs, start_time)
+        except Exception as error:  # wandb's and others', of whatever kind
+            say(f"step {self.state.global_step} is not reported: {error}", sys.stderr)
+
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
         norm = torch.nn.utils.get_total_norm([x.detach() for x in self.model.parameters()])
@@ -326,18 +333,3 @@ def add_old_names(folder: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # is no list in 4
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def check_loading(loaded: dict, name_or_path: str) -> None:
-    """Raise UserError where from_pretrained's loading info shows weights not as the model's.
-
-    What is missing or of another shape would train from random numbers, without a word.
-    """
-    kinds = {"missing": loaded["missing_keys"], "unexpected": loaded["unexpected_keys"]}
-    kinds |= {"of another shape": {key for key, *_ in loaded["mismatched_keys"]}}
-    names = [f"{key} is {kind}" for kind, keys in kinds.items() for key in sorted(keys)]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(
-            f"{name_or_path}: {', '.join(names[:3])}{more}: not the weights of its config"
-        )
