@@ -51,10 +51,9 @@ from sft.callbacks import (
     MetricsLog,
     StopOnSignal,
     draw_losses,
-    finish_wandb,
     lasting_console,
-    start_wandb,
     train,
+    wandb_run,
 )
 from sft.memory_plan import (
     GIB,
@@ -717,11 +716,11 @@ def run(args: ScriptArguments, training_args) -> int:
             raise UserError(lacking)
         print("compile    the optimizer at its first step, which takes a minute the first time")
     terms = resume_terms(args, training_args, precision, rows)
-    with open_run(args, training_args, terms, counts) as checkpoint:
+    folder = open_run(args, training_args, terms, counts)
+    with folder as checkpoint, wandb_run(training_args):
         model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
         stop = StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
-        start_wandb(training_args)
         return train_and_export(
             trainer, tokenizer, stop, checkpoint, config.dtype or precision.weights
         )
@@ -744,7 +743,6 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
         print_answers(tokenizer, questions, before, after)
     if trainer.is_world_process_zero():
         draw_losses(trainer.state.log_history, output_dir / "loss.png")
-        finish_wandb()
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0
