@@ -31,7 +31,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attenti
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import rotate_checkpoints
 
-from sft.arguments import parse_arguments
+from sft.arguments import parse_arguments, with_optim
 from sft.memory_plan import (
     COMPUTE_DTYPES,
     GIB,
@@ -102,9 +102,13 @@ class ScriptArguments:
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
     fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes per parameter.")
     device_map: str = HfArg(default="auto", help="auto: layers by memory; or transformers' own.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations that were no better than the best."
+    )
     resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
     dry_run: bool = HfArg(default=False, help="Do everything but load the model and train.")
     gpus: str | None = HfArg(default=None, help="With --dry_run: plan for 4x80, or 2x80,1x40 GiB.")
+    chosen_optim: str | None = field(default=None, init=False)  # --optim, where it was given
 
 
 TRAINING_DEFAULTS = {
@@ -626,9 +630,7 @@ def prepare(args: ScriptArguments, training_args):
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
     capacities, capability = find_devices(args.gpus, training_args)
     precision = choose_precision(capability, training_args.world_size, args.fp32)
-    if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
-        size = 4 * precision.weights.itemsize  # of AdamW; others have less state than that
-        precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
+    precision = with_optim(precision, args.chosen_optim)
     weights = str(precision.weights).removeprefix("torch.")
     formats = f"{precision.compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
