@@ -45,16 +45,20 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sft.arguments import parse_arguments
 from sft.memory_plan import (
-    COMPUTE_DTYPES,
     GIB,
     LOSS_CHUNK,
-    PEAK_TFLOPS,
+    Job,
     Plan,
+    check_devices,
+    check_plan,
     choose_precision,
     find_devices,
+    peak_tflops,
+    plan_cost,
     plan_disk,
     plan_memory,
     plan_steps,
+    print_plan,
     rows_per_step,
     training_flops,
 )
@@ -542,16 +546,15 @@ class StepTrainer:
         speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
         if self.args.device.type == "cuda":
             name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
-            if peak := next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None):
+            if peak := peak_tflops(name):
                 speed["mfu"] = flops / (peak * 1e12 * self.args.world_size)
             speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
         return {**speed, "seconds_left": round(left)}
 
 
-def sharded_policy(compute: str):
+def sharded_policy(compute: torch.dtype):
     """Return FSDP's number formats. (accelerate's own would sum gradients in half precision.)"""
-    dtype = COMPUTE_DTYPES[compute]
-    return torch.distributed.fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    return torch.distributed.fsdp.MixedPrecisionPolicy(compute, reduce_dtype=torch.float32)
 
 
 def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
@@ -565,8 +568,8 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
         training_args,
         per_device_train_batch_size=own_step,  # for Trainer, a step is one large batch
         gradient_accumulation_steps=1,
-        bf16=precision.compute == "bf16" and not rounded,
-        fp16=precision.compute == "fp16",
+        bf16=precision.compute_dtype == torch.bfloat16 and not rounded,
+        fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
         optim_args="bf16_stochastic_round=True" if stochastic else training_args.optim_args,
         eval_on_start="validation" in rows,
@@ -580,10 +583,11 @@ def build_trainer(model, tokenizer, script_args, training_args, rows: dict, prec
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
     if trainer.is_fsdp_enabled:
-        policy = sharded_policy(precision.compute)
+        policy = sharded_policy(precision.compute_dtype)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
-    trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
+    trainer.tokens_per_forward = plan.tokens_per_forward
+    trainer.plain_tokens = plan.max_tokens_without_checkpointing
     trainer.since, trainer.work = time.time(), np.zeros(4)
     return trainer
 
@@ -611,6 +615,8 @@ def quiet_libraries() -> None:
 def prepare(args: ScriptArguments, training_args):
     """Return all that training needs, having read and checked all that can be wrong before it."""
     on_gpu = training_args.device.type == "cuda"
+    if not args.gpus:
+        check_devices(training_args)
     config = check_model(args.model_name_or_path, on_gpu or args.dry_run)
     files, tables, rows, counts = find_data_files(args.data_path), {}, {}, {}
     with as_user_error(ValueError, "--system_prompt"):
@@ -625,15 +631,21 @@ def prepare(args: ScriptArguments, training_args):
     shortest = cut(rows["train"][int(lengths.argmin())], args.max_len)
     print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
     capacities, capability = find_devices(args.gpus, training_args)
-    precision = choose_precision(capability, training_args.world_size, args.fp32)
+    precision = choose_precision(capability, args.fp32)
     if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
         size = 4 * precision.weights.itemsize  # of AdamW; others have less state than that
         precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
-    weights = str(precision.weights).removeprefix("torch.")
-    formats = f"{precision.compute} over {weights} weights, {precision.optim}"
+    compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
+    formats = f"{compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
-    plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
+    # Processes on the CPU have all weights each.
+    shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
+    job = Job(config, precision, capacities, shards)
+    plan = plan_memory(job, args, training_args, longest := int(lengths.max()))
+    print_plan(plan, job, training_args, longest)
+    check_plan(plan, job, args, training_args, longest)
     plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
+    plan_cost(job, args.gpus, training_args, lengths)
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
