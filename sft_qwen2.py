@@ -54,10 +54,7 @@ from sft.memory_plan import (
     choose_precision,
     find_devices,
     peak_tflops,
-    plan_cost,
-    plan_disk,
     plan_memory,
-    plan_steps,
     print_plan,
     rows_per_step,
     training_flops,
@@ -635,18 +632,12 @@ def prepare(args: ScriptArguments, training_args):
     if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
         size = 4 * precision.weights.itemsize  # of AdamW; others have less state than that
         precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
-    compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
-    formats = f"{compute} over {weights} weights, {precision.optim}"
-    print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
     # Processes on the CPU have all weights each.
     shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
     job = Job(config, precision, capacities, shards)
     plan = plan_memory(job, args, training_args, longest := int(lengths.max()))
-    print_plan(plan, job, training_args, longest)
+    print_plan(plan, job, args, training_args, lengths, bin_rows)
     check_plan(plan, job, args, training_args, longest)
-    plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
-    plan_cost(job, args.gpus, training_args, lengths)
-    plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
     checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
