@@ -64,10 +64,7 @@ from sft.memory_plan import (
     choose_precision,
     find_devices,
     peak_tflops,
-    plan_cost,
-    plan_disk,
     plan_memory,
-    plan_steps,
     print_plan,
     rows_per_step,
     training_flops,
@@ -687,11 +684,8 @@ def make_plan(config, args, training_args, rows) -> tuple:
     shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
     job, longest = Job(config, precision, capacities, shards), int(lengths.max())
     plan = plan_memory(job, args, training_args, longest)
-    print_plan(plan, job, training_args, longest)
+    print_plan(plan, job, args, training_args, lengths, bin_rows)
     check_plan(plan, job, args, training_args, longest)
-    plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
-    plan_cost(job, args.gpus, training_args, lengths)
-    plan_disk(config, precision, args, training_args)
     return precision, plan
 
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sft.numerics import LOSS_CHUNK
 from sft.rows import UserError
 
 GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*(:(bf16|fp16))?"  # 4x80: number x GB
-LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
+
 LOGIT_SIZE = {2: 8, 4: 4}  # of numbers of 2 bytes: one in fp32, and two casts
 WORKSPACES, NCCL = 0.5 * GIB, 0.6 * GIB  # of kernels, and of messages between processes
 USABLE = 0.95  # of what these leave free: the rest is for gaps (expandable segments: few)
