@@ -47,7 +47,19 @@ from transformers.hf_argparser import HfArg
 from sft import answers, callbacks, memory_plan, model_folder, numerics, run_folder
 from sft.arguments import parse_arguments, with_optim
 from sft.memory_plan import GIB, rows_per_step
-from sft.rows import IGNORE_INDEX, UserError, say
+from sft.rows import (
+    IGNORE_INDEX,
+    IM_END,
+    IM_START,
+    UserError,
+    encode_file,
+    find_data_files,
+    fit_rows,
+    paint,
+    print_data,
+    row_place,
+    say,
+)
 
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
 
