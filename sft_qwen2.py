@@ -567,7 +567,7 @@ def read_data(args, tokenizer) -> tuple[dict, dict]:
 
 
 def make_plan(config, args, training_args, rows) -> tuple:
-    """Return (Precision, memory_plan.Plan) for these devices and rows; print what will be done and why."""
+    """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
     lengths = rows["num_tokens"][:].clip(max=args.max_len)
     capacities, capability = memory_plan.find_devices(args.gpus, training_args)
     precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
