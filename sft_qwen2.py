@@ -171,14 +171,10 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
 class StepSampler(torch.utils.data.Sampler):
-    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch.
+    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch."""
 
-    None from `max_steps` on: Trainer would add a step to a finished run that is resumed.
-    """
-
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int, max_steps: int, epochs: float):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
         self.num_rows, self.rows_per_step, self.seed, self.epoch = num_rows, rows_per_step, seed, 0
-        self.max_steps = max_steps if max_steps > 0 else math.ceil(epochs * len(self))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -188,8 +184,8 @@ class StepSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed + self.epoch)
-        steps = torch.randperm(self.num_rows, generator=order).split(self.rows_per_step)
-        yield from (step.tolist() for step in steps[: self.max_steps - self.epoch * len(self)])
+        for step in torch.randperm(self.num_rows, generator=order).split(self.rows_per_step):
+            yield step.tolist()
 
 
 def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
@@ -325,16 +321,9 @@ class StepTrainer:
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, the same in all processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = StepSampler(
-            len(self.train_dataset),
-            self.rows_per_step,
-            seed,
-            self.args.max_steps,
-            self.args.num_train_epochs,
-        )
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=list
-        )
+        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, seed)
+        options = {"batch_sampler": sampler, "collate_fn": list}
+        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
         loader.set_epoch = sampler.set_epoch  # Trainer calls it
         return loader
 
