@@ -49,7 +49,7 @@ from sft.memory_plan import (
     LOSS_CHUNK,
     Job,
     Plan,
-    check_devices,
+    check_machine,
     check_plan,
     choose_precision,
     find_devices,
@@ -613,7 +613,7 @@ def prepare(args: ScriptArguments, training_args):
     """Return all that training needs, having read and checked all that can be wrong before it."""
     on_gpu = training_args.device.type == "cuda"
     if not args.gpus:
-        check_devices(training_args)
+        check_machine(training_args)
     config = check_model(args.model_name_or_path, on_gpu or args.dry_run)
     files, tables, rows, counts = find_data_files(args.data_path), {}, {}, {}
     with as_user_error(ValueError, "--system_prompt"):
