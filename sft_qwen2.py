@@ -575,7 +575,7 @@ def make_plan(config, args, training_args, rows) -> tuple:
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, plan, train, export; return the exit code. Raises UserError."""
     if not args.gpus:
-        memory_plan.check_devices(training_args)
+        memory_plan.check_machine(training_args)
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
     config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
