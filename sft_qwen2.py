@@ -312,8 +312,7 @@ class StepTrainer:
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
         self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
         self.step_rows = []
-        self.since = time.time()  # the last log, and since then:
-        self.num_tokens = self.flops = 0
+        self.since, self.num_tokens, self.flops = time.time(), 0, 0  # of the steps not yet logged
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, the same in all processes."""
@@ -348,6 +347,8 @@ class StepTrainer:
     def training_step(self, model, rows, num_items_in_batch=None):
         """Run a step's micro-batches forward and backward, and return its loss."""
         model.train()
+        if self.num_tokens == 0:  # what came since the last log is no part of the steps' time
+            self.since = time.time()
         # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
         skipped = self.accelerator.optimizer_step_was_skipped
         self.skipped_steps = self.skipped_steps + 1 if skipped else 0
@@ -441,7 +442,7 @@ class StepTrainer:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
-        began, loss_sum, token_sum = time.time(), 0.0, 0
+        loss_sum, token_sum = 0.0, 0
         self.model.eval()
         first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -453,7 +454,6 @@ class StepTrainer:
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
-        self.since += time.time() - began  # no part of the steps' time
         state = (self.args, self.state, self.control)
         self.control = self.callback_handler.on_evaluate(*state, metrics)
         return metrics
@@ -474,7 +474,7 @@ class StepTrainer:
                     logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
-            self.since, self.num_tokens, self.flops = time.time(), 0, 0
+            self.num_tokens, self.flops = 0, 0
         super().log(logs, start_time)
 
 
