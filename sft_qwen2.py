@@ -602,6 +602,8 @@ def answer_samples(model, tokenizer, prompts: list[list[dict]]) -> list[str]:
 # ---- The run ------------------------------------------------------------------------------------
 def quiet_libraries() -> None:
     """Leave the console to what the user must know; what fails still raises."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console in GBK cannot write all of a row
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Of kernels for other machines, and of each try to reach the hub.
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
