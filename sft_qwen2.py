@@ -489,7 +489,6 @@ def trainer_arguments(script_args, training_args, precision, rows: dict):
         fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
         eval_on_start="validation" in rows and not script_args.resume,
-        disable_tqdm=training_args.disable_tqdm or not sys.stderr.isatty(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     if args.fsdp:  # accelerate's own policy would sum gradients in half precision
@@ -533,10 +532,12 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
 
 
 # ---- The run ------------------------------------------------------------------------------------
-def read_data(args, tokenizer) -> tuple[dict, dict]:
+def read_data(args, training_args, tokenizer) -> tuple[dict, dict]:
     """Return the rows of each split that can be trained on, and their counts; print both."""
-    rows, counts = {}, {}
-    for split, path in find_data_files(args.data_path).items():
+    rows, counts, files = {}, {}, find_data_files(args.data_path)
+    if training_args.eval_strategy != "no" and "validation" not in files:
+        raise UserError(f"{args.data_path}: --eval_strategy needs a file named validation.*")
+    for split, path in files.items():
         table = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
         rows[split], counts[split] = fit_rows(table, path, *limits)
@@ -565,7 +566,7 @@ def run(args: ScriptArguments, training_args) -> int:
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
     config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    rows, counts = read_data(args, tokenizer)
+    rows, counts = read_data(args, training_args, tokenizer)
     shortest = rows["train"][int(rows["train"]["num_tokens"][:].argmin())]
     example = paint(truncate(shortest, args.max_len), tokenizer, sys.stdout.isatty())
     print(f"example    {example}", flush=True)
