@@ -62,14 +62,14 @@ from sft.rows import (
     IGNORE_INDEX,
     UserError,
     as_user_error,
-    encode_file,
-    file_sha256,
+    encode_files,
     find_data_files,
+    first_turns,
     fit_rows,
-    paint,
+    mark_trained_tokens,
     parse_row,
     print_data,
-    read_rows,
+    printable,
     say,
     write_rejected,
 )
@@ -126,38 +126,50 @@ TRAINING_DEFAULTS = {
 }
 
 
-# ---- Rows: what is read, and why a row is refused -----------------------------------------------
-
-
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
 def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
     """Return {"input_ids": [T], "labels": [T]} of each conversation. With ^ under what is trained:
 
     <|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
                                                                                    ^^^^^^^^^^^
-    An answer is encoded apart from the "assistant\\n" before it, because generation starts exactly
-    there. Control tokens spelled in a text are encoded as the plain characters they are:
-    no row can open or close a turn.
+    An assistant turn of weight 0 is context. An answer is encoded apart from the "assistant\\n"
+    before it, because generation starts exactly there. Control tokens spelled in a text are encoded
+    as the plain characters they are: no row can open or close a turn.
     """
+    turns = [turn for conversation in conversations for turn in conversation]
+    ids = encode_texts(["\n", "assistant\n", *map(text_of_turn, turns)], tokenizer)
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-    turns = itertools.chain(*conversations)
-    texts = [("" if t["role"] == "assistant" else t["role"] + "\n") + t["content"] for t in turns]
-    options = {"add_special_tokens": False, "return_attention_mask": False}
-    options["split_special_tokens"] = True  # those in texts; those of turns are added below
-    newline, assistant, *encoded = tokenizer(["\n", "assistant\n", *texts], **options)["input_ids"]
-    encoded, examples = iter(encoded), []
-    for turns in conversations:
+
+    def encode_turns(turns):
         input_ids, labels = [], []
+
+        def add(tokens, train=False):
+            input_ids.extend(tokens)
+            labels.extend(tokens if train else [IGNORE_INDEX] * len(tokens))
+
         for turn in turns:
-            context, trained = [*newline, start] if input_ids else [start], [*next(encoded), end]
+            add([*ids["\n"], start] if input_ids else [start])
             if turn["role"] == "assistant":
-                context += assistant
-            else:
-                context, trained = context + trained, []
-            input_ids += context + trained
-            labels += [IGNORE_INDEX] * len(context) + trained
-        examples.append({"input_ids": input_ids, "labels": labels})
-    return examples
+                add(ids["assistant\n"])
+            trained = turn["role"] == "assistant" and turn.get("weight") != 0
+            add([*ids[text_of_turn(turn)], end], train=trained)
+        return {"input_ids": input_ids, "labels": labels}
+
+    return [encode_turns(conversation) for conversation in conversations]
+
+
+def text_of_turn(turn: dict) -> str:
+    return turn["content"] if turn["role"] == "assistant" else f"{turn['role']}\n{turn['content']}"
+
+
+def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
+    """Return the ids of each text; each is encoded once, and no control token found in it."""
+    texts, backend = list(dict.fromkeys(texts)), tokenizer.backend_tokenizer
+    if not backend.encode_special_tokens:  # the backend's own switch: other calls may turn it off
+        backend.encode_special_tokens = True
+    backend.no_truncation()
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return {text: encoding.ids for text, encoding in zip(texts, encodings)}
 
 
 def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
@@ -169,14 +181,25 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
     """Return the tokenizer, with the trained system prompt as its chat template's default.
 
     Raises UserError where the template renders a conversation differently than `encode`: the model
-    would be trained on one format and served with another.
+    would be trained on one format and served with another. Likewise where texts do not survive the
+    vocabulary, or where control tokens spelled in one would close its turn.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
     texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
     probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
-    rendered = tokenizer.chat_template and tokenizer.apply_chat_template(probe, return_dict=False)
-    if encode(probe, tokenizer)["input_ids"] + tokenizer.encode("\n") != rendered:
+    ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(probe, return_dict=False)
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    if ids + tokenizer.encode("\n") != rendered or not text.endswith("你好!<|im_end|>\n"):
         raise UserError(f"{name_or_path}: its chat template is not Qwen2's; choose a Qwen2 model")
+    spelled = encode([{"role": "user", "content": IM_START + IM_END}], tokenizer)["input_ids"]
+    controls = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    if tokenizer.decode(ids) + "\n" != text or any(spelled.count(x) != 1 for x in controls):
+        missing = "tokenizer.json or its special tokens are missing; fetch the model's files again"
+        raise UserError(f"{name_or_path}: its tokenizer does not keep texts as they are: {missing}")
+    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
+        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
     turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
     tokenizer.chat_template = (
         "{% if not messages or messages[0]['role'] != 'system' %}"
@@ -222,7 +245,7 @@ def flatten(rows: list[dict]) -> dict:
     return {**batch, "shift_labels": labels[:, 1:], "cu_seq_lens": bounds, "seq_lens": seq_lens}
 
 
-def cut(row: dict, max_len: int) -> dict:
+def truncate(row: dict, max_len: int) -> dict:
     return {name: row[name][:max_len] for name in ("input_ids", "labels")}
 
 
@@ -232,7 +255,7 @@ def collate(rows: list[dict], max_len: int, tokens_per_forward: int, rank: int =
     Every process reads all rows of the step and takes its share of the bins: each knows the divisor
     of the loss and the number of forward passes without communicating.
     """
-    rows = [cut(row, max_len) for row in rows]
+    rows = [truncate(row, max_len) for row in rows]
     bins = bin_rows([len(row["input_ids"]) for row in rows], tokens_per_forward, world)
     trained_tokens = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     return [flatten([rows[i] for i in b]) for b in bins[rank::world]], trained_tokens
@@ -328,7 +351,7 @@ def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
 class StepTrainer:
     """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
 
-    build_trainer also sets max_len, tokens_per_forward, plain_tokens, num_parameters, train_file,
+    build_trainer also sets max_len, tokens_per_forward, plain_tokens, num_parameters,
     and since when (time.time()) which work [steps, tokens, trained tokens, FLOPs] was done.
     """
 
@@ -459,7 +482,7 @@ class StepTrainer:
         return norm
 
     def broken_step(self, what: str, rows) -> UserError:
-        lines = ", ".join(f"{self.train_file}:{row['line']}" for row in rows)
+        lines = ", ".join(row["place"] for row in rows)
         return UserError(
             f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
             f"weights; checkpoints are as they were, nothing is exported. Its rows: {lines}"
@@ -616,14 +639,15 @@ def prepare(args: ScriptArguments, training_args):
     with as_user_error(ValueError, "--system_prompt"):
         parse_row({"query": "q", "answer": "a"}, args.system_prompt)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    for split, path in files.items():
-        tables[split] = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
+    for split, paths in files.items():
+        tables[split] = encode_files(paths, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
-        rows[split], counts[split] = fit_rows(tables[split], path, *limits)
-        print_data(split, path, counts[split])
-    lengths = rows["train"]["num_tokens"][:].clip(max=args.max_len)
-    shortest = cut(rows["train"][int(lengths.argmin())], args.max_len)
-    print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
+        rows[split], counts[split] = fit_rows(tables[split], *limits)
+        print_data(split, counts[split])
+    lengths = rows["train"]["num_tokens"].clip(max=args.max_len)
+    shortest = truncate(rows["train"][int(lengths.argmin())], args.max_len)
+    example = mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())
+    print(f"example    {example}", flush=True)
     capacities, capability = find_devices(args.gpus, training_args)
     precision = choose_precision(capability, training_args.world_size, args.fp32)
     if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
@@ -637,30 +661,27 @@ def prepare(args: ScriptArguments, training_args):
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
-    checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
+    checkpoint = open_run(args, training_args, precision, counts, rows["train"].sha256)
     if args.skip_bad_rows and training_args.should_save:
         with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
-            for split, table in tables.items():
-                write_rejected(table, files[split], file)
-    return files, rows, tokenizer, precision, plan, checkpoint
+            for table in tables.values():
+                write_rejected(table, file)
+    return rows, tokenizer, precision, plan, checkpoint
 
 
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, train, export; return the exit code. Raises UserError."""
     if not (prepared := prepare(args, training_args)):
         return 0
-    files, rows, tokenizer, precision, plan, checkpoint = prepared
+    rows, tokenizer, precision, plan, checkpoint = prepared
     if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
     start_wandb(training_args)
     trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
-    trainer.train_file = files["train"]
     samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
     if samples:
-        lines = rows["validation"][:NUM_SAMPLES]["line"]
-        first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
-        prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
+        prompts = first_turns(rows["validation"], NUM_SAMPLES, args.system_prompt)
         before = answer_samples(model, tokenizer, prompts)
     if stop_signal := train(trainer, checkpoint):
         return 128 + stop_signal
@@ -675,7 +696,8 @@ def run(args: ScriptArguments, training_args) -> int:
     if samples:
         after = answer_samples(model, tokenizer, prompts)
         for prompt, old, new in zip(prompts, before, after):
-            print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
+            print(f"question   {printable(prompt[1]['content'])}")
+            print(f"  before   {old!r}\n  after    {new!r}")
     if trainer.is_world_process_zero():
         draw_losses(Path(training_args.output_dir))
     output_dir = training_args.output_dir
