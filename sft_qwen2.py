@@ -44,6 +44,15 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import rotate_checkpoints
 
 from sft.arguments import parse_arguments
+from sft.encoded_rows import (
+    IGNORE_INDEX,
+    encode_files,
+    first_turns,
+    fit_rows,
+    mark_trained_tokens,
+    print_data,
+    write_rejected,
+)
 from sft.memory_plan import (
     COMPUTE_DTYPES,
     GIB,
@@ -58,21 +67,7 @@ from sft.memory_plan import (
     rows_per_step,
     training_flops,
 )
-from sft.rows import (
-    IGNORE_INDEX,
-    UserError,
-    as_user_error,
-    encode_files,
-    find_data_files,
-    first_turns,
-    fit_rows,
-    mark_trained_tokens,
-    parse_row,
-    print_data,
-    printable,
-    say,
-    write_rejected,
-)
+from sft.rows import UserError, as_user_error, find_data_files, parse_row, printable, say
 from sft.run_folder import draw_losses, open_run, start_wandb, train
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
