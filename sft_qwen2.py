@@ -46,6 +46,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from sft.arguments import parse_arguments
 from sft.encoded_rows import (
     IGNORE_INDEX,
+    beyond_positions,
     encode_files,
     first_turns,
     fit_rows,
@@ -651,6 +652,8 @@ def prepare(args: ScriptArguments, training_args):
     weights = str(precision.weights).removeprefix("torch.")
     formats = f"{precision.compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
+    if args.max_len > config.max_position_embeddings:
+        print(f"warning    {beyond_positions(args.max_len, config.max_position_embeddings)}")
     plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
     plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
     plan_disk(config, precision, args, training_args)

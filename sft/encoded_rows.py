@@ -88,25 +88,32 @@ def encode_files(
     with as_user_error(OSError, f"{cache}: encoded rows cannot be kept here; make room"):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            try:
-                table = open_parts(folder) if folder.exists() else None
-            except (OSError, ValueError) as error:
-                say(f"cache      {folder} is damaged, so encoding again: {error}", sys.stderr)
-                shutil.rmtree(folder)
-                table = None
+            table = open_cached(folder)
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-            if table is None:
-                aside.mkdir()
-                encode_parts(aside, paths, num_proc, tokenizer, system_prompt, encode_batch)
-                if hashes != [file_sha256(path) for path in paths]:
-                    raise UserError(f"{paths[0]}: changed while it was read; start again")
-                os.replace(aside, folder)
-                table = open_parts(folder)
+            try:
+                if table is None:
+                    aside.mkdir()
+                    encode_parts(aside, paths, num_proc, tokenizer, system_prompt, encode_batch)
+                    if hashes != [file_sha256(path) for path in paths]:
+                        raise UserError(f"{paths[0]}: changed while it was read; start again")
+                    os.replace(aside, folder)
+                    table = open_parts(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     rows = Rows(table, paths, "+".join(hashes))
     for path, number in zip(paths, np.bincount(rows["file"], minlength=len(paths))):
         if number == 0:
             raise UserError(f"{path}: is empty; it needs one conversation per line or row")
     return rows
+
+
+def open_cached(folder: Path) -> pa.Table | None:
+    """Return the table of a folder, or None; one that is damaged is removed."""
+    try:
+        return open_parts(folder) if folder.exists() else None
+    except (OSError, ValueError) as error:
+        say(f"cache      {folder} is damaged, so encoding again: {error}", sys.stderr)
+        shutil.rmtree(folder)
 
 
 def open_parts(folder: Path) -> pa.Table:
@@ -138,10 +145,15 @@ def encode_parts(folder: Path, paths: list[Path], num_proc: int | None, *how) ->
     processes = [fork.Process(target=try_part, args=part, daemon=True) for part in parts]
     for process in processes:
         process.start()
-    for process, part in zip(processes, parts):
-        process.join()
-        if process.exitcode:
-            encode_part(*part)  # what was the matter is raised here, where it can be caught
+    try:
+        for process, part in zip(processes, parts):
+            process.join()
+            if process.exitcode:
+                encode_part(*part)  # what was the matter is raised here, where it can be caught
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def try_part(*part) -> None:
@@ -298,3 +310,7 @@ def print_data(split: str, counts: dict) -> None:
         print(
             f"{'':10} ignored, for they change nothing: {', '.join(counts['ignored_keys'])[:200]}"
         )
+
+
+def beyond_positions(max_len: int, positions: int) -> str:
+    return f"max_len {max_len:,} is beyond the {positions:,} positions that the model was made for"

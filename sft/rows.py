@@ -131,7 +131,7 @@ def read_lines(path: Path, start: int = 0, end: int = sys.maxsize):
             if position >= end:
                 break
             if not line.isspace():
-                yield number, parse_json(line)
+                yield number, parse_json(line.rstrip(b"\r\n"))
             number, position = number + 1, position + len(line)
 
 
@@ -157,8 +157,8 @@ def read_csv(path: Path):
                 if None in row:
                     row[None] = "has more fields than the header; put texts with commas in quotes"
                 yield number, {key: value for key, value in row.items() if value}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"is not UTF-8; {NOT_UTF8}") from error
+        except UnicodeDecodeError:
+            raise ValueError(f"is not UTF-8; {NOT_UTF8}") from None
 
 
 def read_parquet(path: Path):
