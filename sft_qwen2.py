@@ -160,7 +160,7 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
     would be trained on one format and served with another. Likewise where texts do not survive the
     vocabulary, or where control tokens spelled in one would close its turn.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
     probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
     ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
@@ -311,6 +311,10 @@ def model_class():
     masks = transformers.AttentionMaskInterface
     masks.register("row_attention", masks()["sdpa"])  # for generation
     return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
+
+
+def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
+    return model_folder.load_weights(model_class(), name_or_path, dtype, device_map)
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -599,9 +603,7 @@ def run(args: ScriptArguments, training_args) -> int:
         if args.skip_bad_rows and training_args.should_save:
             rejected = Path(training_args.output_dir, "rejected.jsonl")
             encoded_rows.write_rejected(tables.values(), rejected)
-        model = model_folder.load_model(
-            model_class(), args.model_name_or_path, precision.weights, plan.device_map
-        )
+        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
         stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
         return train_and_export(

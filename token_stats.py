@@ -9,7 +9,6 @@ rows are cached for sft_qwen2.py. Only the tokenizer is loaded. Exit code 1: row
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+OWN_ARGUMENTS = ("arguments", "plot", "json")  # all others are the trainer's
 SMALLEST_MAX_LEN = 512  # the first candidate; each next one is twice as long
 SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
 LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
@@ -37,22 +37,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="save the histogram: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     return parser.parse_args(argv)
-
-
-def trainer_arguments(args: argparse.Namespace) -> tuple[dict, dict]:
-    """Return what the JSON file says to the trainer and what flags say; raises UserError."""
-    import sft_qwen2
-
-    own = ("plot", "json", "arguments")
-    flags, values = {k: v for k, v in vars(args).items() if k not in own}, {}
-    if args.arguments:
-        with sft_qwen2.as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
-            values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
-    classes = (sft_qwen2.ScriptArguments, sft_qwen2.transformers.TrainingArguments)
-    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    if unknown := values.keys() - known:
-        raise sft_qwen2.UserError(f"{args.arguments}: unknown argument {min(unknown)}")
-    return {k: v for k, v in values.items() if v is not None}, flags
 
 
 def load_tokenizer(name: str, system_prompt: str):
@@ -114,18 +98,17 @@ def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
     return chosen["max_len"], reason
 
 
-def read_all(chosen: dict) -> tuple[object, dict]:
-    """Return the tokenizer's limit, the rows of train, and what is to be said of every file."""
+def read_all(chosen: dict) -> tuple:
+    """Return the longest row that the model takes, the rows of train, and figures of each split."""
     import sft_qwen2
 
-    data_path, system_prompt = chosen["data_path"], chosen["system_prompt"]
-    files, stats = sft_qwen2.find_data_files(data_path), {"files": {}, "refused_rows": []}
-    tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], system_prompt)
+    files, stats = sft_qwen2.find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
+    tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], chosen["system_prompt"])
+    how = (chosen["system_prompt"], sft_qwen2.encode_batch, sft_qwen2.__file__)
     for split, paths in reversed(files.items()):  # train last: what follows is about it
-        encoding = (tokenizer, system_prompt, sft_qwen2.encode_batch, sft_qwen2.__file__)
-        rows = sft_qwen2.encode_files(paths, *encoding)
+        rows = sft_qwen2.encode_files(paths, tokenizer, *how)
         bad = rows.select(rows["num_tokens"] == 0)
-        reasons = (f"{row['place']}: {row['error']}" for row in itertools.islice(bad, 20))
+        reasons = [f"{row['place']}: {row['error']}" for row in itertools.islice(bad, 20)]
         stats["refused_rows"][:0] = reasons
         counts = {"rows": len(rows) - len(bad), "refused": len(bad)}
         counts["longest"] = int(rows["num_tokens"].max())
@@ -138,30 +121,30 @@ def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
     import sft_qwen2
 
-    values, flags = trainer_arguments(args)
-    defaults = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS
-    chosen = {**defaults, **values, **flags}
+    flags, values = {k: v for k, v in vars(args).items() if k not in OWN_ARGUMENTS}, {}
+    if args.arguments:
+        with sft_qwen2.as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
+            values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
+    chosen = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS | values | flags
     limit, rows, stats = read_all(chosen)
-    stats["skip_bad_rows"] = chosen["skip_bad_rows"]
-    if "max_len" in values and chosen["max_len"] > limit:
-        stats["max_len_warning"] = sft_qwen2.beyond_positions(chosen["max_len"], limit)
+    stats["skip_bad_rows"] = chosen["skip_bad_rows"] in (True, "true")
+    if "max_len" in values and int(chosen["max_len"]) > limit:
+        stats["warning"] = sft_qwen2.beyond_positions(int(chosen["max_len"]), limit)
     total, answer = rows["num_tokens"], rows["num_answer_tokens"]
-    longest = int(total.max())
-    if not longest:
+    if not (longest := int(total.max())):
         return stats
     stats["tokens"] = {}
     for name, tokens in {"total": total, "prompt": total - answer, "answer": answer}.items():
         found = np.percentile(tokens[total > 0], list(LEVELS.values()), method="higher").tolist()
         stats["tokens"][name] = {"mean": round(float(tokens[total > 0].mean()), 1)}
         stats["tokens"][name] |= zip(LEVELS, found)
-    batch = chosen["per_device_train_batch_size"]
-    rows_per_step = batch * chosen["gradient_accumulation_steps"]
+    batch = int(chosen["per_device_train_batch_size"])
+    rows_per_step = batch * int(chosen["gradient_accumulation_steps"])
     results = compare_max_lens(rows, batch, rows_per_step, limit)
     max_len, reason = suggest(results, int((total > 0).sum()), longest)
     words = [args.arguments] if args.arguments else []
     for name, value in flags.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(str(value) for value in values if value is not True)]
+        words += [f"--{name}", *([] if value is True else np.atleast_1d(value).tolist())]
     command = shlex.join(["python", "sft_qwen2.py", *words, "--max_len", str(max_len)])
     stats["suggestion"] = {"max_len": max_len, "reason": reason, "command": command}
     low, sizes = int(total[total > 0].min()), (n * 10**k for k in range(9) for n in (1, 2, 5))
@@ -206,26 +189,6 @@ def plot(stats: dict, file: str) -> None:
     figure.savefig(file)
 
 
-def problems_of(stats: dict, plot_file: str | None) -> tuple[list[str], list[str]]:
-    """Return what is wrong, which makes the exit code 1, and what is only to be said."""
-    problems, notes = [], stats["refused_rows"][:20]
-    if warning := stats.get("max_len_warning"):
-        notes.append(warning)
-    if refused := sum(about["refused"] for about in stats["files"].values()):
-        text = f"{refused:,} rows would be refused; mend them or --skip_bad_rows"
-        skipped = stats["skip_bad_rows"] and "tokens" in stats
-        (notes if skipped else problems).append(
-            f"{refused:,} rows are left out" if skipped else f"error: {text}"
-        )
-    try:
-        if plot_file and "tokens" in stats:
-            plot(stats, plot_file)
-    except (ImportError, OSError, ValueError) as error:
-        hint = " (pip install matplotlib)" * isinstance(error, ImportError)
-        problems.append(f"error: no {plot_file}: {error}{hint}")
-    return problems, notes
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
     args = parse_arguments(argv)
@@ -240,7 +203,18 @@ def main(argv: list[str] | None = None) -> int:
     except (sft_qwen2.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    problems, notes = problems_of(stats, args.plot)
+    notes = [*stats["refused_rows"][:20], *([stats["warning"]] if "warning" in stats else [])]
+    refused = sum(about["refused"] for about in stats["files"].values())
+    failed = refused > 0 and not (stats["skip_bad_rows"] and "tokens" in stats)
+    if refused:
+        what = "would be refused; mend them or --skip_bad_rows" if failed else "are left out"
+        notes.append(f"{'error: ' * failed}{refused:,} rows {what}")
+    try:
+        if args.plot and "tokens" in stats:
+            plot(stats, args.plot)
+    except (ImportError, OSError, ValueError) as error:
+        hint, failed = " (pip install matplotlib)" * isinstance(error, ImportError), True
+        notes.append(f"error: no {args.plot}: {error}{hint}")
     try:
         if args.json:
             print(json.dumps(stats, indent=2, ensure_ascii=False))
@@ -249,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(*notes, *problems, sep="\n", end="\n" * bool(notes + problems), file=sys.stderr)
-    return int(bool(problems))
+    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":

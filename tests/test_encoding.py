@@ -7,16 +7,9 @@ import pytest
 from conftest import ROOT
 
 import sft_qwen2
-from sft_qwen2 import (
-    IGNORE_INDEX,
-    UserError,
-    encode,
-    encode_batch,
-    load_tokenizer,
-    mark_trained_tokens,
-    parse_row,
-    printable,
-)
+from sft.encoded_rows import IGNORE_INDEX, mark_trained_tokens
+from sft.rows import UserError, parse_row, printable
+from sft_qwen2 import encode, encode_batch, load_tokenizer
 
 SYSTEM = "你是一个知识渊博的人,请根据问题做出全面且正确的回答。"
 LONG = "Lorem ipsum, 中文 and 1234567890. " * 40

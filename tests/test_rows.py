@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 import sft_qwen2
-from sft_qwen2 import IGNORE_INDEX, UserError, encode_files, find_data_files, fit_rows, parse_row
+from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
+from sft.rows import UserError, find_data_files, parse_row
 
 GOOD = {"query": "q", "answer": "a"}
 Q, A, S = (
