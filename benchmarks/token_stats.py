@@ -27,18 +27,28 @@ TEMPLATE = (
 ROUNDS, SIZES = 5, (10_000, 1_000_000)
 
 
+def cpu_s() -> float:
+    """Return the CPU seconds of this process and of those that it started and that ended."""
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def peak_mib() -> float:
+    """Return the most memory that this process, or one that it started, has had."""
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage.ru_maxrss for usage in both) / 1024
+
+
 def worker(mode: str, data: Path, model: str) -> dict[str, float]:
     """Return rows, wall and CPU seconds and peak MiB of one way to count, in this process."""
     sys.path.insert(0, str(ROOT))
-    import datasets  # noqa: F401 (imported before the clock starts)
-
     import sft_qwen2
 
     sft_qwen2.quiet_libraries()
     system_prompt = sft_qwen2.ScriptArguments.system_prompt
     tokenizer = sft_qwen2.load_tokenizer(model, system_prompt)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    wall, cpu, lengths = time.perf_counter(), time.process_time(), []
+    before = peak_mib()
+    wall, cpu, lengths = time.perf_counter(), cpu_s(), []
     if mode == "loop":
         with open(data, encoding="utf-8") as file:
             for row in [json.loads(line) for line in file.readlines()]:
@@ -46,12 +56,12 @@ def worker(mode: str, data: Path, model: str) -> dict[str, float]:
                 prompt = tokenizer.encode(TEMPLATE.format(**texts))
                 lengths.append(len(prompt + tokenizer.encode(row["answer"])) + 1)  # <|im_end|>
     else:
+        how = (tokenizer, system_prompt, sft_qwen2.encode_batch, sft_qwen2.__file__)
+        num_proc = int(mode) if mode.isdigit() else None
         for _ in range(2 if mode == "cached" else 1):
-            wall, cpu = time.perf_counter(), time.process_time()
-            table = sft_qwen2.encode_file(data, tokenizer, system_prompt)
-            lengths = table["num_tokens"][:]
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            wall, cpu = time.perf_counter(), cpu_s()
+            lengths = sft_qwen2.encode_files([data], *how, num_proc)["num_tokens"]
+    wall, cpu, peak = time.perf_counter() - wall, cpu_s() - cpu, peak_mib()
     tokens = int(sum(lengths))
     return dict(rows=len(lengths), tokens=tokens, wall=wall, cpu=cpu, before=before, peak=peak)
 
@@ -59,19 +69,17 @@ def worker(mode: str, data: Path, model: str) -> dict[str, float]:
 def whole_run(data: Path, model: str) -> dict[str, float]:
     """Return the peak MiB of token_stats.main, before it (imports, tokenizer) and in all."""
     sys.path.insert(0, str(ROOT))
-    import datasets  # noqa: F401
-
     import sft_qwen2
     import token_stats
 
     sft_qwen2.load_tokenizer(model, "")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_mib()
     start = time.perf_counter()
     sys.stdout, stdout = sys.stderr, sys.stdout
     code = token_stats.main(["--data_path", str(data), "--model_name_or_path", model])
     sys.stdout = stdout
     assert code == 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     return dict(wall=time.perf_counter() - start, before=before, peak=peak)
 
 
@@ -94,13 +102,16 @@ def print_memory(model: str) -> None:
             with open(data, "w") as file:
                 for i in range(rows):
                     file.write(f'{{"query": "What is {i} + {i}?", "answer": "It is {2 * i}."}}\n')
+            for mode in ("1", "2") if rows == max(SIZES) else ():
+                r = fork(mode, data, model)
+                print(f"encoded in {mode} processes: {r['wall']:.0f} s, {r['cpu']:.0f} CPU s")
             r = fork("main", data, model)
         print(f"| {rows:,} | {r['wall']:.0f} | {r['before']:.0f} | {r['peak']:.0f} |", flush=True)
 
 
 def print_speed(data: Path, model: str) -> None:
-    modes = {"loop": "two `tokenizer.encode` a row", "new": "`encode_file`"}
-    modes["cached"] = "`encode_file`, second time"
+    modes = {"loop": "two `tokenizer.encode` a row", "all": "`encode_files`"}
+    modes |= {"1": "`encode_files`, 1 process", "cached": "`encode_files`, second time"}
     results = {mode: [] for mode in modes}
     for _ in range(ROUNDS):
         for mode, result in results.items():

@@ -1,5 +1,6 @@
 """Rows as token ids: encoded once and kept on disk, what fits of them, and what is said of it."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -158,6 +159,7 @@ def encode_parts(folder: Path, paths: list[Path], num_proc: int | None, *how) ->
 
 def try_part(*part) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are enough
+    gc.disable()  # it would read, and so copy, all of the parent's objects
     try:
         encode_part(*part)
     except BaseException:  # the parent tries again, and tells

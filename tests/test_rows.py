@@ -4,9 +4,11 @@ import csv
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -478,3 +480,112 @@ def test_the_lines_that_convert_rows(tmp_path):
         rows = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
         turns = [parse_row(row, "s") for row in rows]
         assert turns[0][1:3] == [Q, A] and len(turns) == (2 if "alpaca" in command else 1)
+
+
+# ---- Fuzz: FUZZ_LINES=10000 python -m pytest tests/test_rows.py -k fuzz -s ----------------------
+ODD = [
+    None,
+    True,
+    3,
+    10**30,
+    [],
+    {},
+    "",
+    " \n",
+    ["a"],
+    {"a": 1},
+    "\ud83d",
+    "a\udc00b",
+    "x\ny",
+    "😀",
+]
+RAW = [
+    b"\xff",
+    b"\xc0\x80",
+    b"\xed\xa0\x80",
+    b"\0",
+    b"\x1b[31m",
+    b"\r",
+    b"\xe2\x80\xa8",
+    b"\xff\xfe",
+]
+KEYS = ["Query", "messages", "system", "", "\ud800", "a" * 500, "\x1b[2J", "weight", "tools", "id"]
+LONG = ["a", "é", "学", "a b ", "😀", "1", "\n"]
+OTHERS = [
+    b"null",
+    b"[]",
+    b"1",
+    b'"text"',
+    b"NaN",
+    b"",
+    b" \t",
+    b"\x0b\x0c",
+    b"{}",
+    b"//",
+    b"9" * 5000,
+]
+
+
+def mutated(row: dict, rng: random.Random) -> bytes:
+    """Return a line of JSONL that is near a good one, or far from it."""
+    key, odd, raw = rng.choice(list(row)), rng.choice(ODD), rng.choice(RAW)
+    turns = [
+        {**rng.choice([Q, A, S]), rng.choice([*KEYS, "role"]): rng.choice(ODD)},
+        Q,
+        A,
+        A0,
+        Q,
+        A,
+    ]
+    depth, text = rng.choice([2, 900, 100_000]), rng.choice(LONG) * rng.choice([9, 20_000])
+    changed = rng.choice(
+        [
+            row,
+            row | {key: odd},
+            row | {rng.choice(KEYS): odd},
+            {k: v for k, v in row.items() if k != key},
+            {"messages": rng.sample(turns, rng.randint(1, 6))},
+            {"messages": [Q, {**A, "weight": odd}, *turns[4:]]},
+            row | {key: f"{row[key]}{text}\x1b[31m\u202e<|im_end|>\ufeff"},
+        ]
+    )
+    line = json.dumps(changed, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    at = rng.randrange(len(line))
+    return rng.choice(
+        [
+            *[line] * 5,
+            line[:at] + raw + line[at:],
+            line[:at] + bytes([line[at] ^ 1 << rng.randrange(8)]) + line[at + 1 :],
+            line[:at],
+            line[:-1] + b", " + line[1:],
+            line.decode("utf-8", "replace").encode(rng.choice(["utf-16", "gb18030"])),
+            b'{"query": "q", "answer": ' + b"[" * depth + b"]" * rng.choice([depth, 1]) + b"}",
+            rng.choice(OTHERS),
+        ]
+    ).replace(b"\n", b" ")
+
+
+def test_fuzz(encoded, write_rows, tiny_tokenizer):
+    """Each of many mutated lines is named with a reason, or trained by the label law."""
+    rng, number = random.Random(0), int(os.environ.get("FUZZ_LINES", 1500))
+    good = [json.loads(x) for x in (ROOT / "data" / "train.jsonl").read_bytes().splitlines()]
+    good = [row for row in good if "query" in row]
+    lines = [mutated(rng.choice(good), rng) for _ in range(number)]
+    path = write_rows(b"\n".join(lines))
+    rows = encoded(path, num_proc=3)
+    assert [r["line"] for r in rows] == [i for i, x in enumerate(lines, 1) if x and not x.isspace()]
+    start = tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")
+    for row in rows:
+        line, error = lines[row["line"] - 1], row["error"]
+        if error:
+            assert len(error) < 500 and error.isprintable() and not row["num_tokens"], line[:300]
+            continue
+        turns = parse_row(json.loads(line.removeprefix(b"\xef\xbb\xbf")), "default")
+        texts = [t["content"] + "<|im_end|>" for t in turns[2::2] if t.get("weight") != 0]
+        expected = unicodedata.normalize("NFC", "".join(texts))
+        trained = row["labels"][row["labels"] != IGNORE_INDEX]
+        assert tiny_tokenizer.decode(trained) == expected, line[:300]
+        assert (row["input_ids"] == start).sum() == len(turns)
+    refused = int((rows["num_tokens"] == 0).sum())
+    assert number / 10 < refused < number
+    print(f"\n{number} lines: {len(rows) - refused} encoded, {refused} refused")
