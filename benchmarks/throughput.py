@@ -21,10 +21,8 @@ must the number of tokens trained: a contender that does other work is marked VO
 """
 
 import argparse
-import contextlib
 import functools
 import importlib.metadata
-import io
 import logging
 import multiprocessing
 import os
@@ -46,7 +44,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft_qwen2
-from sft_qwen2 import GIB, IGNORE_INDEX
+from sft import arguments, memory_plan
+from sft.callbacks import StopOnSignal
+from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
+from sft.memory_plan import GIB
 
 ROWS_PER_FORWARD = {"data": 4, "long": 2}  # per_device_train_batch_size of all contenders
 DEFAULTS = {  # long rows take minutes a step: one round of them is 10 minutes on two cores
@@ -54,7 +55,7 @@ DEFAULTS = {  # long rows take minutes a step: one round of them is 10 minutes o
     "long": {"steps": 1, "rows_per_step": 2, "rounds": 1},
 }
 MAX_LEN, SEED, TOLERANCE = 8192, 0, 1e-3
-FP32 = sft_qwen2.choose_precision(None, 1, False)
+FP32 = memory_plan.choose_precision(None, False)
 
 
 class Task(NamedTuple):
@@ -147,7 +148,7 @@ def load_plain_model(task: Task):
 
 def run_plain(task: Task, padding: str) -> Result:
     """Run transformers.Trainer as it is, with padded batches."""
-    args = transformers.TrainingArguments(**task.options)
+    args = transformers.TrainingArguments(**task.options, train_sampling_strategy="sequential")
     options = {"padding": padding, "max_length": task.longest}
     collator = transformers.DataCollatorForSeq2Seq(task.tokenizer, **options)
     options = {"train_dataset": task.rows, "data_collator": collator}
@@ -165,6 +166,7 @@ def run_trl(task: Task, padding_free: bool) -> Result:
     masks = [[int(label != IGNORE_INDEX) for label in row] for row in labels]
     dataset = datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
     options = {"bf16": False, "max_length": None, "completion_only_loss": True}
+    options["train_sampling_strategy"] = "sequential"
     args = trl.SFTConfig(**task.options, **options, packing=False, padding_free=padding_free)
     options = {"train_dataset": dataset, "processing_class": task.tokenizer}
     trainer = trl.SFTTrainer(load_plain_model(task), args, **options)
@@ -175,14 +177,14 @@ def run_trl(task: Task, padding_free: bool) -> Result:
 def own_arguments(flags: dict) -> tuple:
     """Return the (ScriptArguments, TrainingArguments) of this trainer's command line."""
     argv = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-    return sft_qwen2.parse_arguments(argv)
+    return arguments.parse_arguments(argv, sft_qwen2.ScriptArguments, sft_qwen2.TRAINING_DEFAULTS)
 
 
-def make_plan(config, args, training_args, precision, longest: int) -> sft_qwen2.Plan:
-    """Return the script's own plan of micro-batches, without its printing it."""
-    capacities, _ = sft_qwen2.find_devices(args.gpus, training_args)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return sft_qwen2.plan_memory(config, args, training_args, precision, capacities, longest)
+def make_plan(config, args, training_args, precision, longest: int) -> memory_plan.Plan:
+    """Return the script's own plan of micro-batches."""
+    capacities, _ = memory_plan.find_devices(args.gpus, training_args)
+    job = memory_plan.Job(config, precision, capacities, 1)
+    return memory_plan.plan_memory(job, args, training_args, longest)
 
 
 def make_own_trainer(task: Task):
@@ -191,7 +193,7 @@ def make_own_trainer(task: Task):
     model = sft_qwen2.load_model(task.folder, FP32.weights)
     plan = make_plan(model.config, *args, FP32, task.longest)
     rows = {"train": task.table}
-    return sft_qwen2.build_trainer(model, task.tokenizer, *args, rows, FP32, plan)
+    return sft_qwen2.build_trainer(model, task.tokenizer, *args, rows, FP32, plan, StopOnSignal())
 
 
 CONTENDERS = {
@@ -259,8 +261,8 @@ def save_model(tokenizer, folder: str) -> transformers.Qwen2Config:
 def make_task(args, folder: str, tokenizer) -> Task:
     if args.data:
         how = ("You are a helpful assistant.", sft_qwen2.encode_batch, sft_qwen2.__file__)
-        encoded = sft_qwen2.encode_files([args.data], tokenizer, *how)
-        table, _ = sft_qwen2.fit_rows(encoded, MAX_LEN, "truncate")
+        encoded = encode_files([args.data], tokenizer, *how)
+        table, _ = fit_rows(encoded, MAX_LEN, "truncate")
     else:
         table = make_rows(LONG, len(tokenizer))
     lengths = table["num_tokens"][:].clip(max=MAX_LEN)
@@ -275,7 +277,7 @@ def make_task(args, folder: str, tokenizer) -> Task:
     options |= {"gradient_accumulation_steps": args.rows_per_step // args.rows_per_forward}
     options |= {"gradient_checkpointing": True}
     options |= {"optim": "adamw_torch_fused", "learning_rate": 1e-5, "dataloader_pin_memory": False}
-    options |= {"train_sampling_strategy": "sequential", "logging_strategy": "no"}
+    options |= {"logging_strategy": "no"}
     options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     longest = int(lengths.max()) if args.data else MAX_LEN
     task = Task(folder, tokenizer, table.select(sample), [], longest, options)

@@ -43,8 +43,10 @@ def worker(mode: str, data: Path, model: str) -> dict[str, float]:
     """Return rows, wall and CPU seconds and peak MiB of one way to count, in this process."""
     sys.path.insert(0, str(ROOT))
     import sft_qwen2
+    from sft.callbacks import quiet_libraries
+    from sft.encoded_rows import encode_files
 
-    sft_qwen2.quiet_libraries()
+    quiet_libraries()
     system_prompt = sft_qwen2.ScriptArguments.system_prompt
     tokenizer = sft_qwen2.load_tokenizer(model, system_prompt)
     before = peak_mib()
@@ -60,7 +62,7 @@ def worker(mode: str, data: Path, model: str) -> dict[str, float]:
         num_proc = int(mode) if mode.isdigit() else None
         for _ in range(2 if mode == "cached" else 1):
             wall, cpu = time.perf_counter(), cpu_s()
-            lengths = sft_qwen2.encode_files([data], *how, num_proc)["num_tokens"]
+            lengths = encode_files([data], *how, num_proc)["num_tokens"]
     wall, cpu, peak = time.perf_counter() - wall, cpu_s() - cpu, peak_mib()
     tokens = int(sum(lengths))
     return dict(rows=len(lengths), tokens=tokens, wall=wall, cpu=cpu, before=before, peak=peak)
