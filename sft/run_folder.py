@@ -118,7 +118,8 @@ def compare_processes(settings: dict, world_size: int) -> None:
     """Raise UserError where a process was given other rows or arguments than the first."""
     every = [settings] * world_size
     if world_size > 1:
-        torch.distributed.all_gather_object(every, settings)
+        with as_user_error(RuntimeError, "another process ended, whose error says why"):
+            torch.distributed.all_gather_object(every, settings)
     for rank, other in enumerate(every):
         if found := differences(every[0], other, f"in process {rank}"):
             raise UserError(f"the processes must be given the same: {found}")
@@ -282,12 +283,6 @@ class WholeCheckpoints:
         surplus = len(whole) - max(self.args.save_total_limit or len(whole), len(kept))
         for old in [path for path in whole if path not in kept][: max(surplus, 0)]:
             os.replace(old, saved.with_name(old.name))  # half deleted, it would look damaged
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        if state_dict and self.model.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
-        super()._save(output_dir, state_dict)
-        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
 
     def export(self, dtype: torch.dtype, end_token: str) -> None:
         """Write an ordinary model folder to output_dir: aside, then renamed, config.json last.
