@@ -22,13 +22,11 @@ import contextlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import signal
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,37 +44,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
+from sft import answers, callbacks, memory_plan, model_folder, numerics, run_folder
 from sft.arguments import parse_arguments, with_optim
-from sft.callbacks import (
-    MetricsLog,
-    StopOnSignal,
-    draw_losses,
-    lasting_console,
-    train,
-    wandb_run,
-)
-from sft.memory_plan import (
-    GIB,
-    Job,
-    Plan,
-    check_devices,
-    check_plan,
-    choose_precision,
-    find_devices,
-    peak_tflops,
-    plan_cost,
-    plan_disk,
-    plan_memory,
-    plan_steps,
-    print_plan,
-    rows_per_step,
-    training_flops,
-)
-from sft.numerics import adamw_8bit_class, check_compiler, cross_entropy_sum, varlen_attention
+from sft.memory_plan import GIB, Plan, rows_per_step
 from sft.rows import (
     IGNORE_INDEX,
+    IM_END,
+    IM_START,
     UserError,
-    as_user_error,
     encode_file,
     find_data_files,
     fit_rows,
@@ -85,13 +60,8 @@ from sft.rows import (
     row_place,
     say,
 )
-from sft.run_folder import WholeCheckpoints, open_run, resume_terms, saved_so_far
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
-# Validation rows that are asked before and after training: the first with prompt and answer of at
-# most so many tokens; the first few of these are shown.
-NUM_QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS, NUM_SHOWN = 40, 1024, 48, 3
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -201,14 +171,10 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
 class StepSampler(torch.utils.data.Sampler):
-    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch.
+    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch."""
 
-    None from `max_steps` on: Trainer would add a step to a finished run that is resumed.
-    """
-
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int, max_steps: int, epochs: float):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
         self.num_rows, self.rows_per_step, self.seed, self.epoch = num_rows, rows_per_step, seed, 0
-        self.max_steps = max_steps if max_steps > 0 else math.ceil(epochs * len(self))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -218,8 +184,8 @@ class StepSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed + self.epoch)
-        steps = torch.randperm(self.num_rows, generator=order).split(self.rows_per_step)
-        yield from (step.tolist() for step in steps[: self.max_steps - self.epoch * len(self)])
+        for step in torch.randperm(self.num_rows, generator=order).split(self.rows_per_step):
+            yield step.tolist()
 
 
 def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
@@ -287,7 +253,9 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast left them fp32
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if ampere and query.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attention(query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]), None
+        return numerics.varlen_attention(
+            query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]
+        ), None
     if query.is_cuda and not ampere:  # their fused kernel wants a key and a value per query head
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -314,25 +282,8 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden = output.last_hidden_state.to(head.device)[trained]  # [N, hidden size]
-        loss_sum = cross_entropy_sum(hidden, head, shift_labels[trained])
+        loss_sum = numerics.cross_entropy_sum(hidden, head, shift_labels[trained])
         return {"loss": loss_sum / num_items_in_batch}
-
-
-def check_model(name_or_path: str, default: str, planned: bool):
-    """Return the model's config; raises UserError where the model cannot be trained here.
-
-    `planned`: whether there is a GPU, or only a plan is wanted.
-    """
-    if name_or_path == default and not planned:
-        raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
-    remedy = f"try hf download {default} --local-dir qwen2, then --model_name_or_path qwen2"
-    sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
-    with as_user_error((OSError, ValueError), sentence):
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if config.model_type != "qwen2" or config.use_sliding_window:
-        wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
-        raise UserError(f"{name_or_path}: is {config.model_type!r}, not {wanted}")
-    return config
 
 
 def model_class():
@@ -347,33 +298,11 @@ def model_class():
     return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
-    """Return the checkpoint as a model_class(), ready for training.
-
-    Raises UserError where a weight is missing, unknown, or of another shape than its config says.
-    """
-    with as_user_error((OSError, RuntimeError, ValueError), f"{name_or_path}: cannot be loaded"):
-        model, report = model_class().from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation="row_attention",
-            output_loading_info=True,
-            use_safetensors=True,  # other formats could run code
-        )
-    for problem, weights in report.items():
-        if weights:
-            names = ", ".join(sorted(map(str, weights))[:3])
-            raise UserError(f"{name_or_path}: {problem.replace('_', ' ')}: {names}; copy it anew")
-    return model
-
-
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
 class StepTrainer:
     """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
 
-    `plan` says how many tokens a micro-batch may have; `stochastic`: AdamW with 8-bit state, and
-    random rounding of bf16 weights.
+    `plan` says how many tokens a micro-batch may have, and up to how many nothing is recomputed.
     """
 
     def __init__(self, model, args, plan: Plan, max_len: int, rows_per_step: int, **kwargs):
@@ -383,22 +312,14 @@ class StepTrainer:
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
         self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
         self.step_rows = []
-        self.since = time.time()  # the last log, and since then:
-        self.num_tokens = self.num_trained_tokens = self.flops = 0
+        self.since, self.num_tokens, self.flops = time.time(), 0, 0  # of the steps not yet logged
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, the same in all processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = StepSampler(
-            len(self.train_dataset),
-            self.rows_per_step,
-            seed,
-            self.args.max_steps,
-            self.args.num_train_epochs,
-        )
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=list
-        )
+        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, seed)
+        options = {"batch_sampler": sampler, "collate_fn": list}
+        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
         loader.set_epoch = sampler.set_epoch  # Trainer calls it
         return loader
 
@@ -426,6 +347,8 @@ class StepTrainer:
     def training_step(self, model, rows, num_items_in_batch=None):
         """Run a step's micro-batches forward and backward, and return its loss."""
         model.train()
+        if self.num_tokens == 0:  # what came since the last log is no part of the steps' time
+            self.since = time.time()
         # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
         skipped = self.accelerator.optimizer_step_was_skipped
         self.skipped_steps = self.skipped_steps + 1 if skipped else 0
@@ -433,11 +356,14 @@ class StepTrainer:
         loss_sum = self.run_smaller_until_it_fits(self.forward_backward, rows)
         step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
         # Exactly 0 is what wrong labels and overflown logits look like.
-        if not math.isfinite(step_loss) or step_loss == 0 or self.skipped_steps > MAX_SKIPPED:
-            raise self.broken_step(f"its loss is {step_loss}, {self.skipped_steps} steps skipped")
+        if not math.isfinite(step_loss) or step_loss == 0:
+            raise self.broken_step(f"its loss is {step_loss}")
+        if self.skipped_steps > MAX_SKIPPED:
+            raise self.broken_step(f"{self.skipped_steps} steps had infinite gradients in fp16")
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         self.num_tokens += lengths.sum()
-        self.flops += training_flops(self.model.config, self.model.num_parameters(), lengths)
+        num_parameters = self.model.num_parameters()
+        self.flops += memory_plan.training_flops(self.model.config, num_parameters, lengths)
         return loss_sum
 
     def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
@@ -456,7 +382,6 @@ class StepTrainer:
                 loss = self.model_wrapped(**batch, num_items_in_batch=divisor)["loss"]
                 self.accelerator.backward(loss)
             loss_sum += loss.detach()
-        self.num_trained_tokens += trained_tokens
         return loss_sum
 
     def choose_checkpointing(self, tokens: int) -> None:
@@ -517,23 +442,20 @@ class StepTrainer:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
-        began, loss_sum, token_sum = time.time(), 0.0, 0
+        loss_sum, token_sum = 0.0, 0
         self.model.eval()
-        rows, size = self.eval_dataset, self.rows_per_step
-        steps = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+        first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for step in tqdm.auto.tqdm(steps, "eval", leave=False, disable=quiet):
-            step_loss, tokens = self.run_smaller_until_it_fits(
-                self.forward_loss, [rows[i] for i in step]
-            )
+        for first in tqdm.auto.tqdm(first_rows, "evaluation", leave=False, disable=quiet):
+            end = min(first + self.rows_per_step, len(self.eval_dataset))
+            rows = [self.eval_dataset[i] for i in range(first, end)]
+            step_loss, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
             loss_sum, token_sum = loss_sum + step_loss, token_sum + tokens
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
-        self.since += time.time() - began  # no part of the steps' time
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        state = (self.args, self.state, self.control)
+        self.control = self.callback_handler.on_evaluate(*state, metrics)
         return metrics
 
     def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
@@ -547,17 +469,16 @@ class StepTrainer:
         if "loss" in logs:
             seconds = time.time() - self.since
             logs["tokens_per_s"] = round(self.num_tokens / seconds)
-            logs["trained_tokens_per_s"] = round(self.num_trained_tokens / seconds)
             if self.args.device.type == "cuda":
-                if peak := peak_tflops(torch.cuda.get_device_name()):
+                if peak := memory_plan.peak_tflops(torch.cuda.get_device_name()):
                     logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
-            self.since, self.num_tokens, self.num_trained_tokens, self.flops = time.time(), 0, 0, 0
+            self.num_tokens, self.flops = 0, 0
         super().log(logs, start_time)
 
 
-def trainer_arguments(training_args, precision, rows: dict):
+def trainer_arguments(script_args, training_args, precision, rows: dict):
     """Return the TrainingArguments for Trainer, for which a step is one large batch."""
     rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
     args = replace(
@@ -567,37 +488,33 @@ def trainer_arguments(training_args, precision, rows: dict):
         bf16=precision.compute_dtype == torch.bfloat16 and not rounded,
         fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
-        eval_on_start="validation" in rows,
-        disable_tqdm=training_args.disable_tqdm or not sys.stderr.isatty(),
+        eval_on_start="validation" in rows and not script_args.resume,
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     if args.fsdp:  # accelerate's own policy would sum gradients in half precision
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy
-        policy = policy(precision.compute_dtype, reduce_dtype=torch.float32)
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(precision.compute_dtype, reduce_dtype=torch.float32)
         args.fsdp_plugin_args["mixed_precision_policy"] = policy
     return args
 
 
-def build_trainer(
-    model, tokenizer, script_args, training_args, rows, precision, plan, stop_on_signal
-):
+def build_trainer(model, tokenizer, script_args, training_args, rows, precision, plan, stop):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
-    args = trainer_arguments(training_args, precision, rows)
+    args = trainer_arguments(script_args, training_args, precision, rows)
     optimizer = None  # Trainer's own of this name
     if precision.optim == "adamw_torch_8bit":
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        options |= {
-            "eps": args.adam_epsilon,
-            "seed": args.seed * args.world_size + args.process_index,
-        }
-        options["bf16_stochastic_round"] = precision.weights == torch.bfloat16
-        optimizer = (adamw_8bit_class(), options)
-    callbacks = [MetricsLog(), stop_on_signal]
+        options |= {"eps": args.adam_epsilon, "bf16_stochastic_round": True}  # if weights are bf16
+        options["seed"] = args.seed + args.process_index  # of the rounding
+        optimizer = (numerics.adamw_8bit_class(), options)
+    hooks = [callbacks.MetricsLog(), stop]
     if script_args.early_stopping_patience:
-        callbacks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    trainer = type("SFTTrainer", (StepTrainer, WholeCheckpoints, transformers.Trainer), {})(
+        hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
+    bases = (StepTrainer, run_folder.WholeCheckpoints, transformers.Trainer)
+    trainer = type("SFTTrainer", bases, {})(  # here: importing Trainer takes seconds
         model,
         args,
         plan,
@@ -607,67 +524,20 @@ def build_trainer(
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=callbacks,
+        callbacks=hooks,
     )
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
     return trainer
 
 
-# ---- Answers to held-out questions, before and after --------------------------------------------
-def held_out_questions(rows) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids (prompt, answer) of the first validation rows with short ones.
-
-    A row begins with what generation is given, and its first answer ends with <|im_end|>.
-    """
-    questions = []
-    for row in itertools.islice(rows, 10 * NUM_QUESTIONS):
-        ids, trained = row["input_ids"], row["labels"] != IGNORE_INDEX
-        begin, end, *_ = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-        if begin <= QUESTION_TOKENS and end - begin <= ANSWER_TOKENS:
-            questions.append((ids[:begin].tolist(), ids[begin:end].tolist()))
-    return questions[:NUM_QUESTIONS]
-
-
-def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
-    """Return the model's greedy answers, each with the <|im_end|> that ends it, if it comes."""
-    if not questions:
-        return []
-    prompts = {"input_ids": [prompt for prompt, _ in questions]}
-    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
-    limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
-    outputs = model.eval().generate(**batch, **limit, do_sample=False)
-    texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
-    return [text.replace(tokenizer.pad_token, "") for text in texts]
-
-
-def print_answers(tokenizer, questions: list[tuple], before: list[str], after: list[str]) -> None:
-    """Print how many answers are those of the rows, and the first few."""
-    wanted = [tokenizer.decode(ids) for _, ids in questions]
-    for (prompt, _), old, new in list(zip(questions, before, after))[:NUM_SHOWN]:
-        asked = tokenizer.decode(prompt).split(f"{IM_START}user\n")[-1].split(IM_END)[0]
-        print(f"question   {asked!r}\n  before   {old!r}\n  after    {new!r}")
-    exact = [sum(map(str.__eq__, answers, wanted)) for answers in (before, after)]
-    print(f"exact      {exact[1]} of {len(wanted)} held-out answers (before: {exact[0]})")
-
-
 # ---- The run ------------------------------------------------------------------------------------
-def quiet_libraries() -> None:
-    """Leave the console to what the user must know; what fails still raises."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # Of kernels for other machines, and of each try to reach the hub.
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        transformers.utils.logging.disable_progress_bar()
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-
-
-def read_data(args, tokenizer) -> tuple[dict, dict]:
+def read_data(args, training_args, tokenizer) -> tuple[dict, dict]:
     """Return the rows of each split that can be trained on, and their counts; print both."""
-    rows, counts = {}, {}
-    for split, path in find_data_files(args.data_path).items():
+    rows, counts, files = {}, {}, find_data_files(args.data_path)
+    if training_args.eval_strategy != "no" and "validation" not in files:
+        raise UserError(f"{args.data_path}: --eval_strategy needs a file named validation.*")
+    for split, path in files.items():
         table = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
         rows[split], counts[split] = fit_rows(table, path, *limits)
@@ -678,48 +548,42 @@ def read_data(args, tokenizer) -> tuple[dict, dict]:
 def make_plan(config, args, training_args, rows) -> tuple:
     """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
     lengths = rows["num_tokens"][:].clip(max=args.max_len)
-    capacities, capability = find_devices(args.gpus, training_args)
-    precision = with_optim(choose_precision(capability, args.fp32), args.chosen_optim)
-    compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
-    formats = f"{compute} over {weights} weights, {precision.optim}"
-    print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
+    capacities, capability = memory_plan.find_devices(args.gpus, training_args)
+    precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
     # Processes on the CPU have all weights each.
     shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
-    job, longest = Job(config, precision, capacities, shards), int(lengths.max())
-    plan = plan_memory(job, args, training_args, longest)
-    print_plan(plan, job, training_args, longest)
-    check_plan(plan, job, args, training_args, longest)
-    plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
-    plan_cost(job, args.gpus, training_args, lengths)
-    plan_disk(config, precision, args, training_args)
+    job, longest = memory_plan.Job(config, precision, capacities, shards), int(lengths.max())
+    plan = memory_plan.plan_memory(job, args, training_args, longest)
+    memory_plan.print_plan(plan, job, args, training_args, lengths, bin_rows)
+    memory_plan.check_plan(plan, job, args, training_args, longest)
     return precision, plan
 
 
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, plan, train, export; return the exit code. Raises UserError."""
     if not args.gpus:
-        check_devices(training_args)
+        memory_plan.check_machine(training_args)
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
-    config = check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
+    config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    rows, counts = read_data(args, tokenizer)
-    example = min(
-        rows["train"].select(range(min(100, len(rows["train"])))), key=lambda r: r["num_tokens"]
-    )
-    example = truncate(example, args.max_len)
-    print(f"example    {paint(example, tokenizer, sys.stdout.isatty())}", flush=True)
+    rows, counts = read_data(args, training_args, tokenizer)
+    shortest = rows["train"][int(rows["train"]["num_tokens"][:].argmin())]
+    example = paint(truncate(shortest, args.max_len), tokenizer, sys.stdout.isatty())
+    print(f"example    {example}", flush=True)
     precision, plan = make_plan(config, args, training_args, rows["train"])
     if args.dry_run:
         return 0
     if precision.optim == "adamw_torch_8bit":
-        if lacking := check_compiler(training_args.device.type):
+        if lacking := numerics.check_compiler(training_args.device.type):
             raise UserError(lacking)
         print("compile    the optimizer at its first step, which takes a minute the first time")
-    terms = resume_terms(args, training_args, precision, rows)
-    folder = open_run(args, training_args, terms, counts)
-    with folder as checkpoint, wandb_run(training_args):
-        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
-        stop = StopOnSignal()
+    terms = run_folder.resume_terms(args, training_args, precision, rows)
+    folder = run_folder.open_run(args, training_args, terms, counts)
+    with folder as checkpoint, callbacks.wandb_run(training_args):
+        model = model_folder.load_model(
+            model_class(), args.model_name_or_path, precision.weights, plan.device_map
+        )
+        stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
         return train_and_export(
             trainer, tokenizer, stop, checkpoint, config.dtype or precision.weights
@@ -730,19 +594,23 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     """Train, evaluate, write the model; return the exit code."""
     output_dir, questions = Path(trainer.args.output_dir), []
     if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # there, 1 s a token
-        questions = held_out_questions(trainer.eval_dataset)
-    before = answer(trainer.model, tokenizer, questions)
-    if stop_signal := train(trainer, stop, checkpoint):
+        questions = answers.held_out_questions(trainer.eval_dataset)
+    before = answers.answer(trainer.model, tokenizer, questions)
+    if stop_signal := callbacks.train(trainer, stop, checkpoint):
         return 128 + stop_signal
     trainer.model.config.use_cache = True  # Trainer turned it off; what is served needs it
     trainer.export(dtype, IM_END)
-    if trainer.eval_dataset is not None:
+    evaluated = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+    is_last = (
+        evaluated[-1:] == [trainer.state.global_step] and not trainer.args.load_best_model_at_end
+    )
+    if trainer.eval_dataset is not None and not is_last:
         trainer.evaluate()
     if questions:
-        after = answer(trainer.model, tokenizer, questions)
-        print_answers(tokenizer, questions, before, after)
+        after = answers.answer(trainer.model, tokenizer, questions)
+        answers.print_answers(tokenizer, questions, before, after)
     if trainer.is_world_process_zero():
-        draw_losses(trainer.state.log_history, output_dir / "loss.png")
+        callbacks.draw_losses(trainer.state.log_history, output_dir / "loss.png")
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0
@@ -750,13 +618,13 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
-    quiet_libraries()
+    callbacks.quiet_libraries()
     argv = sys.argv[1:] if argv is None else argv
     args, training_args = parse_arguments(argv, ScriptArguments, TRAINING_DEFAULTS)
     rank = training_args.process_index
     silence = contextlib.redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
     try:
-        with lasting_console(), silence:  # the first prints for all; each its own error
+        with callbacks.lasting_console(), silence:  # the first prints for all; each its own error
             code = run(args, training_args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -766,7 +634,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error{where}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped    {saved_so_far(training_args.output_dir)}", file=sys.stderr)
+        print(f"stopped    {run_folder.saved_so_far(training_args.output_dir)}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

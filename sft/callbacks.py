@@ -1,11 +1,14 @@
 """What happens around the steps: signals, logs, wandb, a console that goes away."""
 
+import io
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -17,6 +20,20 @@ from sft.run_folder import replace_text, saved_so_far
 
 
 # ---- The console --------------------------------------------------------------------------------
+def quiet_libraries() -> None:
+    """Leave the console to what the user must know; what fails still raises."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console in GBK cannot write all of a row
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Of kernels for other machines, and of each try to reach the hub.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        transformers.utils.logging.disable_progress_bar()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
 class Console:
     """A text stream whose writing never fails: a run outlives the pipe or disk that it logs to."""
 
