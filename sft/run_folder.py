@@ -294,9 +294,9 @@ class WholeCheckpoints:
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
         tokenizer.eos_token = end_token
         model.config.eos_token_id = end = tokenizer.convert_tokens_to_ids(end_token)
-        others = model.generation_config.eos_token_id or []
+        others = model.generation_config.eos_token_id
         others = others if isinstance(others, list) else [others]
-        model.generation_config.eos_token_id = [end, *(x for x in others if x != end)]
+        model.generation_config.eos_token_id = [end, *(x for x in others if x not in (None, end))]
         weights = self.accelerator.get_state_dict(self.model)  # whole, where they are sharded
         if not self.args.should_save:
             return

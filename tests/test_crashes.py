@@ -37,6 +37,7 @@ def folder(tmp_path_factory) -> Path:
     crash.make_data(folder / "data" / "train.jsonl", STEPS * ROWS_PER_STEP)
     lines = (folder / "data" / "train.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "data" / "validation.jsonl").write_bytes(b"".join(lines[::-4]))
+    (folder / "other.jsonl").write_bytes(b"".join(lines[::-1]))
     return folder
 
 
@@ -209,6 +210,7 @@ def test_every_argument_is_compared_or_free():
         ({"num_train_epochs": 2}, ("num_train_epochs", 1.0, 2.0)),
         ({"weight_decay": 0.1}, ("weight_decay", 0.003, 0.1)),
         ({"data_path": "data"}, ("validation_rows_sha256",)),
+        ({"data_path": "other.jsonl"}, ("train_rows_sha256",)),
     ],
 )
 def test_a_run_is_resumed_on_its_own_terms_only(run, finished, folder, flags, words):
@@ -219,13 +221,14 @@ def test_a_run_is_resumed_on_its_own_terms_only(run, finished, folder, flags, wo
 def test_a_finished_run_is_left_alone_and_written_again(run, tmp_path):
     """Also where its end is within an epoch, its log was torn, and rows come in other portions."""
     assert run(tmp_path, num_train_epochs=0.75).code == 0
-    before = contents(tmp_path)
+    before, losses = contents(tmp_path), crash.losses(tmp_path)
     check_refused(run(tmp_path), tmp_path, "--resume", "--output_dir")
     (tmp_path / "model.safetensors").unlink()  # as if killed before the export
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1, "st')
     flags = {"num_train_epochs": 0.75, "resume": True}
     portions = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     assert run(tmp_path, **flags, **portions).code == 0
+    assert crash.losses(tmp_path) == losses
     changed = {path.name for path, content in contents(tmp_path).items() if content != before[path]}
     assert changed <= {"run.json", "metrics.jsonl", "loss.png", run_folder.LOCK}
     for checkpoint in tmp_path.glob("checkpoint-*"):
@@ -364,6 +367,7 @@ def test_the_exported_files_say_what_was_trained(run, folder, tmp_path, end):
     assert words["eos_token"] == "<|im_end|>" and "extra_special_tokens" not in words
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert config["eos_token_id"] == im_end == generation["eos_token_id"][0]
+    assert tokenizer.eos_token_id in generation["eos_token_id"]
     again = transformers.AutoTokenizer.from_pretrained(path)
     assert set(again.all_special_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
     files = [x for x in path.iterdir() if x.is_file()]
