@@ -119,9 +119,9 @@ class MetricsLog(transformers.TrainerCallback):
         self.on_log(args, state, control)
 
     def on_log(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
         path, new = Path(args.output_dir, "metrics.jsonl"), state.log_history[self.written :]
+        if not state.is_world_process_zero or not new:
+            return
         text = "".join(json.dumps(log) + "\n" for log in new)
         try:
             if self.written:
@@ -133,6 +133,8 @@ class MetricsLog(transformers.TrainerCallback):
         except OSError as error:  # a full disk; the next time there may be room for all
             self.written = 0
             say(f"metrics.jsonl lacks step {state.global_step}: {error}", sys.stderr)
+
+    on_evaluate = on_train_end = on_log  # what a reporter that failed kept from it
 
 
 def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from sft.memory_plan import Precision, rows_per_step
+from sft.model_folder import write_model
 from sft.rows import UserError, as_user_error, say
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
@@ -118,7 +119,8 @@ def compare_processes(settings: dict, world_size: int) -> None:
     """Raise UserError where a process was given other rows or arguments than the first."""
     every = [settings] * world_size
     if world_size > 1:
-        torch.distributed.all_gather_object(every, settings)
+        with as_user_error(RuntimeError, "another process ended, whose error says why"):
+            torch.distributed.all_gather_object(every, settings)
     for rank, other in enumerate(every):
         if found := differences(every[0], other, f"in process {rank}"):
             raise UserError(f"the processes must be given the same: {found}")
@@ -283,53 +285,23 @@ class WholeCheckpoints:
         for old in [path for path in whole if path not in kept][: max(surplus, 0)]:
             os.replace(old, saved.with_name(old.name))  # half deleted, it would look damaged
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        if state_dict and self.model.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
-        super()._save(output_dir, state_dict)
-        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
-
     def export(self, dtype: torch.dtype, end_token: str) -> None:
         """Write an ordinary model folder to output_dir: aside, then renamed, config.json last.
 
-        The weights are rounded to dtype; generation stops at end_token. Raises UserError.
+        Weights are rounded to dtype, and generation stops at end_token. Raises UserError.
         """
         self.check_weights()
         output_dir, aside = Path(self.args.output_dir), Path(self._get_output_dir())
-        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
-        tokenizer.eos_token = end_token
-        model.config.eos_token_id = end = tokenizer.convert_tokens_to_ids(end_token)
-        others = model.generation_config.eos_token_id or []
-        others = others if isinstance(others, list) else [others]
-        model.generation_config.eos_token_id = [end, *(x for x in others if x != end)]
         weights = self.accelerator.get_state_dict(self.model)  # whole, where they are sharded
+        model = self.accelerator.unwrap_model(self.model)
         if not self.args.should_save:
             return
-        if model.config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
         failure = f"{output_dir}: the model is not written; make room, then --resume"
         try:
             with as_user_error(Exception, failure):  # each library has its own for a full disk
-                weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
-                model.save_pretrained(aside, state_dict=weights)
-                tokenizer.save_pretrained(aside)
-                add_old_names(aside, dtype)
+                write_model(aside, model, self.processing_class, weights, dtype, end_token)
                 for name in sorted(describe_files(aside), key="config.json".__eq__):
                     os.chmod(aside / name, (aside / "config.json").stat().st_mode)
                     os.replace(aside / name, output_dir / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def add_old_names(folder: Path, dtype: torch.dtype) -> None:
-    """Add to a model folder's files the names under which transformers 4 looks for the same."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope, dtype = config["rope_parameters"], str(dtype).removeprefix("torch.")
-    config |= {"rope_theta": rope["rope_theta"], "dtype": dtype, "torch_dtype": dtype}
-    if rope["rope_type"] != "default":
-        config["rope_scaling"] = rope
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # is no list in 4
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
