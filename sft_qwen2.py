@@ -21,7 +21,6 @@ size, V vocabulary.
 import contextlib
 import io
 import itertools
-import json
 import math
 import os
 import signal
@@ -154,34 +153,11 @@ def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
 
 
 def load_tokenizer(name_or_path: str, system_prompt: str):
-    """Return the tokenizer, with the trained system prompt as its chat template's default.
+    """Return the tokenizer; raises UserError where its chat template renders otherwise than encode.
 
-    Raises UserError where the template renders a conversation differently than `encode`: the model
-    would be trained on one format and served with another. Likewise where texts do not survive the
-    vocabulary, or where control tokens spelled in one would close its turn.
+    The trained system prompt becomes the template's default: what is trained is what is served.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
-    probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
-    ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
-    if tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(probe, return_dict=False)
-        text = tokenizer.apply_chat_template(probe, tokenize=False)
-    if ids + tokenizer.encode("\n") != rendered or not text.endswith("你好!<|im_end|>\n"):
-        raise UserError(f"{name_or_path}: its chat template is not Qwen2's; choose a Qwen2 model")
-    spelled = encode([{"role": "user", "content": IM_START + IM_END}], tokenizer)["input_ids"]
-    controls = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-    if tokenizer.decode(ids) + "\n" != text or any(spelled.count(x) != 1 for x in controls):
-        missing = "tokenizer.json or its special tokens are missing; fetch the model's files again"
-        raise UserError(f"{name_or_path}: its tokenizer does not keep texts as they are: {missing}")
-    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
-        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
-    turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
-    tokenizer.chat_template = (
-        "{% if not messages or messages[0]['role'] != 'system' %}"
-        "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
-    )
-    return tokenizer
+    return model_folder.load_tokenizer(name_or_path, system_prompt, encode)
 
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------

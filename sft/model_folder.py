@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from sft.rows import UserError, as_user_error
+from sft.rows import IM_END, IM_START, UserError, as_user_error
 
 
 def check_model(name_or_path: str, default: str, planned: bool):
@@ -24,6 +24,37 @@ def check_model(name_or_path: str, default: str, planned: bool):
         wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
         raise UserError(f"{name_or_path}: is {config.model_type!r}, not {wanted}")
     return config
+
+
+def load_tokenizer(name_or_path: str, system_prompt: str, encode):
+    """Return the tokenizer, with the trained system prompt as its chat template's default.
+
+    Raises UserError where the template renders a conversation differently than `encode`: the model
+    would be trained on one format and served with another. Likewise where texts do not survive the
+    vocabulary, or where control tokens spelled in one would close its turn.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
+    probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
+    ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(probe, return_dict=False)
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    if ids + tokenizer.encode("\n") != rendered or not text.endswith("你好!<|im_end|>\n"):
+        raise UserError(f"{name_or_path}: its chat template is not Qwen2's; choose a Qwen2 model")
+    spelled = encode([{"role": "user", "content": IM_START + IM_END}], tokenizer)["input_ids"]
+    controls = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    if tokenizer.decode(ids) + "\n" != text or any(spelled.count(x) != 1 for x in controls):
+        missing = "tokenizer.json or its special tokens are missing; fetch the model's files again"
+        raise UserError(f"{name_or_path}: its tokenizer does not keep texts as they are: {missing}")
+    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
+        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
+    turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
+    tokenizer.chat_template = (
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
+    )
+    return tokenizer
 
 
 def load_weights(model_class, name_or_path: str, dtype: torch.dtype, device_map=None):

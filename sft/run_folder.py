@@ -18,7 +18,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sft.memory_plan import Precision, rows_per_step
@@ -91,22 +90,13 @@ def check_checkpoint(folder: Path) -> None:
 
 
 # ---- The record, and what a resume compares -----------------------------------------------------
-def digest_rows(rows) -> str:
-    """Return the SHA-256 of all rows' input_ids and labels, in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        ids_and_labels = np.stack([row["input_ids"], row["labels"]]).astype(np.int32)
-        digest.update(str(ids_and_labels.shape).encode() + ids_and_labels.tobytes())
-    return digest.hexdigest()
-
-
 def resume_terms(args, training_args, precision: Precision, rows: dict) -> dict:
-    """Return all that decides what is learnt, rows' digests included, as JSON would return it."""
+    """Return all that decides what is learnt, the hashes of the data files included, as JSON would return it."""
     values = vars(args) | training_args.to_dict()
     terms = {name: value for name, value in values.items() if not FREE.fullmatch(name)}
     terms |= {"rows_per_step": rows_per_step(training_args), "optim": precision.optim}
     terms |= {"weights": str(precision.weights)}
-    terms |= {f"{split}_rows_sha256": digest_rows(table) for split, table in rows.items()}
+    terms |= {f"{split}_sha256": table.sha256 for split, table in rows.items()}
     return json.loads(json.dumps(terms, default=str))
 
 
