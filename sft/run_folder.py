@@ -91,7 +91,7 @@ def check_checkpoint(folder: Path) -> None:
 
 # ---- The record, and what a resume compares -----------------------------------------------------
 def resume_terms(args, training_args, precision: Precision, rows: dict) -> dict:
-    """Return all that decides what is learnt, the hashes of the data files included, as JSON would return it."""
+    """Return all that decides what is learnt, data files by their hashes, as JSON returns it."""
     values = vars(args) | training_args.to_dict()
     terms = {name: value for name, value in values.items() if not FREE.fullmatch(name)}
     terms |= {"rows_per_step": rows_per_step(training_args), "optim": precision.optim}

@@ -209,8 +209,8 @@ def test_every_argument_is_compared_or_free():
         ({"per_device_train_batch_size": 3}, ("rows_per_step", 6, 3)),
         ({"num_train_epochs": 2}, ("num_train_epochs", 1.0, 2.0)),
         ({"weight_decay": 0.1}, ("weight_decay", 0.003, 0.1)),
-        ({"data_path": "data"}, ("validation_rows_sha256",)),
-        ({"data_path": "other.jsonl"}, ("train_rows_sha256",)),
+        ({"data_path": "data"}, ("validation_sha256",)),
+        ({"data_path": "other.jsonl"}, ("train_sha256",)),
     ],
 )
 def test_a_run_is_resumed_on_its_own_terms_only(run, finished, folder, flags, words):
