@@ -1,0 +1,145 @@
+"""Loss, attention over rows, and AdamW with 8-bit state: exact, and on PyTorch 2.11 and newer.
+
+Shapes: T tokens of a micro-batch, N trained tokens, H query heads, K key/value heads, D size of a
+head or of the hidden state, V vocabulary.
+"""
+
+import os
+import shutil
+import sysconfig
+from random import Random
+
+import torch
+from torch.nn.functional import cross_entropy
+
+LOSS_CHUNK = 1024  # positions whose logits exist at once
+BLOCK = 128  # values of 8-bit state that share a scale: it divides the width of every Qwen2
+LEAST_8BIT = 4096  # values: in a smaller tensor there is nothing to save
+HAS_TORCH_2_13 = torch.__version__ >= "2.13"  # linear_cross_entropy, and enable_gqa of varlen_attn
+
+
+def cross_entropy_sum(hidden, head, targets):
+    """Return the sum of the cross entropies of hidden [N, D] @ head [V, D].T and targets [N], fp32.
+
+    Its softmax is fp32 in any dtype; under autocast the matrix products are in autocast's.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # it would leave linear_cross_entropy in fp32
+        dtype = torch.get_autocast_dtype(device)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if not HAS_TORCH_2_13:
+            return ChunkedCrossEntropy.apply(hidden, head, targets)
+        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
+        options = torch.nn.LinearCrossEntropyOptions(**chunks, acc_dtype=torch.float32)
+        # Of half precision, a sum would keep 8 or 11 bits; the errors of single losses cancel out.
+        each = {"reduction": "sum" if hidden.dtype == torch.float32 else "none", "options": options}
+        return torch.nn.functional.linear_cross_entropy(hidden, head, targets, **each).float().sum()
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """cross_entropy_sum where PyTorch has no linear_cross_entropy."""
+
+    @staticmethod
+    def logits(rows, head):  # in fp32, not rounded to the dtype of the factors
+        if rows.is_cuda and rows.dtype != torch.float32:
+            return torch.mm(rows, head.T, out_dtype=torch.float32)
+        return rows.float() @ head.float().T
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        ctx.save_for_backward(hidden, head, targets)
+        loss = torch.zeros((), device=hidden.device)
+        for rows, wanted in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+            loss += cross_entropy(ChunkedCrossEntropy.logits(rows, head), wanted, reduction="sum")
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, head, targets = ctx.saved_tensors
+        hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
+        chunks = (x.split(LOSS_CHUNK) for x in (hidden, targets, hidden_grad))
+        for rows, wanted, rows_grad in zip(*chunks):
+            logits = ChunkedCrossEntropy.logits(rows, head)
+            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()  # now a softmax, in place
+            logits[torch.arange(len(rows), device=rows.device), wanted] -= 1
+            logits_grad = logits.mul_(grad).to(head.dtype)  # fp16: with the loss scale in it
+            torch.mm(logits_grad, head, out=rows_grad)
+            head_grad.addmm_(logits_grad.T, rows)
+        return hidden_grad, head_grad, None
+
+
+def varlen_attention(query, key, value, seq_lens, cu_seq_lens, scale):
+    """Return causal attention [1, T, H, D] inside each row: FlashAttention, of half precision.
+
+    query [1, H, T, D], key and value [1, K, T, D]; cu_seq_lens [rows + 1], int32: the boundaries.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale, "window_size": (-1, 0)}  # (-1, 0): causal
+    if HAS_TORCH_2_13:
+        options["enable_gqa"] = True
+    else:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    bounds = (cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens))
+    return varlen_attn(q, k, v, *bounds, **options)[None]
+
+
+def adamw_8bit_class():
+    """Return a subclass of torchao.optim.AdamW8bit; `seed` is that of its random rounding."""
+    from torch.distributed.tensor import DTensor
+    from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    class ExactAdamW8bit(AdamW8bit):
+        def __init__(self, params, *, seed: int, **options):
+            super().__init__(params, block_size=BLOCK, **options)
+            self.seed = seed
+
+        def _new_buffer(self, p, signed):
+            # Norms and biases: p's own bf16 would keep a second moment from falling.
+            if p.dim() < 2 or p.numel() < LEAST_8BIT or p.shape[-1] % BLOCK:
+                return torch.zeros_like(p, dtype=torch.float32)
+            local = p.to_local() if isinstance(p, DTensor) else p
+            # Without p's dtype, which a view would lose: bf16 shards could not be stepped.
+            state = OptimState8bit.zeros(local.shape, signed, BLOCK, local.device)
+            if local is p:
+                return state
+            whole = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+            return DTensor.from_local(state, p.device_mesh, p.placements, **whole)
+
+        def load_state_dict(self, state_dict):
+            """Load state in its own dtype, not in p's; step and learning rate stay on the host.
+
+            accelerate would move them to one GPU, out of reach of the others.
+            """
+            super().load_state_dict({**state_dict, "state": {}})
+            for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+                group["lr"] = group["lr"].cpu()
+                for p, name in zip(group["params"], saved["params"]):
+                    for key, value in state_dict["state"].get(name, {}).items():
+                        self.state[p][key] = value.cpu() if key == "step" else value.to(p.device)
+
+        def step(self, closure=None):
+            """Step; how it rounds depends on nothing but the seed and the number of the step."""
+            devices = {p.device for group in self.param_groups for p in group["params"]}
+            done = next((int(state["step"]) for state in self.state.values()), 0)
+            with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+                torch.manual_seed(Random(f"{self.seed} {done}").getrandbits(63))
+                return super().step(closure)
+
+    return ExactAdamW8bit
+
+
+def check_compiler(device_type: str) -> str | None:
+    """Return a sentence: what the 8-bit optimizer, compiled at its first step, lacks; or None."""
+    variable, names = ("CC", ["gcc", "clang"]) if device_type == "cuda" else ("CXX", ["g++"])
+    names = [os.environ[variable]] if variable in os.environ else names
+    header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
+    compiler = f"{' or '.join(names)} ({variable} names another)"
+    missing = [] if any(map(shutil.which, names)) else [compiler]
+    missing += [] if os.path.exists(header) else [f"{header} (of python3-dev)"]
+    sentence = "the 8-bit optimizer is compiled at its first step; install what is missing: "
+    return sentence + " and ".join(missing) if missing else None
