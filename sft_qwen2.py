@@ -18,28 +18,22 @@ Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key
 size, V vocabulary.
 """
 
-import csv
 import datetime
-import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,34 +41,44 @@ import tqdm.auto
 import transformers
 from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attention
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
-import memory_plan
-from memory_plan import GIB, GPUS, LOSS_CHUNK
+from sft.arguments import parse_arguments
+from sft.memory_plan import (
+    COMPUTE_DTYPES,
+    GIB,
+    LOSS_CHUNK,
+    PEAK_TFLOPS,
+    Plan,
+    choose_precision,
+    find_devices,
+    plan_disk,
+    plan_memory,
+    plan_steps,
+    rows_per_step,
+    training_flops,
+)
+from sft.rows import (
+    IGNORE_INDEX,
+    UserError,
+    as_user_error,
+    encode_file,
+    file_sha256,
+    find_data_files,
+    fit_rows,
+    paint,
+    parse_row,
+    print_data,
+    read_rows,
+    say,
+    write_rejected,
+)
+from sft.run_folder import draw_losses, open_run, start_wandb, train
 
-IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
-FAST_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
-FAST_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
-ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
-OLDEST = {"bf16": (8, 0), "fp16": (7, 0)}  # least compute capability for which this is chosen
-STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU. Of these
-# names, the first that a GPU's full name contains is taken.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
-PEAK_TFLOPS |= {"A100": 312, "A800": 312, "V100": 125}
 SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
 SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
-FEW_STEPS = 10  # of the optimizer: fewer hardly move the weights
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
-
-
-class UserError(Exception):
-    """A mistake the user can fix: printed as a sentence, exit code 1, no traceback."""
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -121,164 +125,8 @@ TRAINING_DEFAULTS = {
     "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
 }
 
-# Each process saves its share; one a machine reads the model's files, and hands out the weights.
-FSDP_CONFIG = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
-
-
-def process_defaults(argv: list[str]) -> dict:
-    """Return the TrainingArguments of one of torchrun's processes: FSDP2 on GPUs, DDP on CPU."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or any("--deepspeed" in flag for flag in argv):
-        return {}
-    if not torch.cuda.is_available():
-        return {"use_cpu": True, "ddp_backend": "gloo"}
-    return {"fsdp": True, "fsdp_config": FSDP_CONFIG}
-
-
-def parse_arguments(argv: list[str]) -> tuple:
-    """Return (ScriptArguments, TrainingArguments); one line and exit code 2 if they are wrong."""
-    classes = (ScriptArguments, transformers.TrainingArguments)
-    usage = "%(prog)s [arguments.json] [--flag value ...]"
-    parser = transformers.HfArgumentParser(classes, allow_abbrev=False, usage=usage)
-    parser.print_usage = lambda file=None: None  # an error is one line, without the usage
-    try:
-        if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
-            values = json.loads(Path(argv[0]).read_text(encoding="utf-8")).items()
-            values = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in values]
-            argv = [f"--{k}={v}" for k, v in values if v != "null"] + argv[1:]
-        parser.set_defaults(**TRAINING_DEFAULTS, **process_defaults(argv))
-        args, training_args, unknown = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True
-        )
-        if args.device_map.startswith("{"):
-            args.device_map = json.loads(args.device_map)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]} (--help lists all)")
-    if training_args.bf16 or training_args.fp16:
-        parser.error("leave --bf16 and --fp16 out: the number format follows from the GPU")
-    if training_args.load_best_model_at_end or training_args.save_strategy == "best":
-        parser.error("no best checkpoint is kept: leave --load_best_model_at_end out")
-    if args.gpus and not (args.dry_run and re.fullmatch(GPUS, args.gpus)):
-        parser.error("--gpus is for --dry_run, and reads NUMBERxGIB: 4x80, or 2x80,1x40")
-    values = vars(args) | vars(training_args)
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
-    for name in ("max_len", "tokens_per_forward", *sizes):
-        if values[name] is not None and values[name] <= 0:
-            parser.error(f"--{name} must be positive")
-    for name in training_args.report_to:  # TrainingArguments have imported what is asked here
-        if name not in transformers.integrations.get_available_reporting_integrations():
-            parser.error(f"--report_to {name}: there is none, or its package is not installed")
-    return args, training_args
-
-
-def rows_per_step(training_args) -> int:
-    """Return the rows of one optimizer step, of all processes together."""
-    own = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    return own * training_args.world_size
-
-
-@contextmanager
-def as_user_error(kinds, sentence: str):
-    """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
-    try:
-        yield
-    except kinds as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{sentence}: {cause}") from error
-
-
-def say(text: str, file=None) -> None:
-    """Print a line, by default to stdout, at once and above the bar that may be on screen."""
-    tqdm.auto.tqdm.write(text, file=file)
-    (file or sys.stdout).flush()
-
 
 # ---- Rows: what is read, and why a row is refused -----------------------------------------------
-def find_data_files(data_path: str) -> dict[str, Path]:
-    """Return {"train": file} and, if there is one, {"validation": file}; raises UserError."""
-    path, found = Path(data_path), {}
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; --data_path names your file or folder")
-    for split in ("train", "validation"):
-        files = [path] if split == "train" and path.is_file() else path.glob(f"{split}.*")
-        found[split] = [file for file in files if file.suffix in DATA_SUFFIXES]
-    if len(found["train"]) != 1 or len(found["validation"]) > 1:
-        wanted = f"be a file ({', '.join(DATA_SUFFIXES)}) or a folder with one named train.*"
-        raise UserError(f"{path}: must {wanted}, and at most one named validation.*")
-    return {split: files[0] for split, files in found.items() if files}
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """Yield (line or row number from 1, row); in the place of an unreadable row, what is wrong."""
-    if path.suffix == ".jsonl":
-        with open(path, "rb") as file:  # as bytes only \n ends a line: texts may hold U+2028
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, parse_json(line)
-    elif path.suffix == ".csv":  # texts stay as they are written; an empty field is none
-        csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                wrong = "has more fields than the header; put quotes around texts with commas"
-                row = {key: value for key, value in row.items() if value}
-                yield number, wrong if None in row else row
-    else:
-        import datasets
-
-        options = {"data_files": str(path), "split": "train", "streaming": True}
-        for number, row in enumerate(datasets.load_dataset(path.suffix[1:], **options), 1):
-            yield number, {key: value for key, value in row.items() if value is not None}
-
-
-def parse_json(line: bytes) -> dict | str:
-    """Return the JSON object of a line, or what is wrong with it."""
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key appears twice")
-        return dict(pairs)
-
-    if line.startswith(b"\xef\xbb\xbf"):
-        return "begins with a byte order mark (BOM); save the file as UTF-8 without BOM"
-    try:
-        row = json.loads(line.rstrip(b"\r\n").decode(), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 (byte {error.start}); save the file as UTF-8"
-    except json.JSONDecodeError as error:
-        return f"is broken JSON: {error.msg.removesuffix(' at')} at character {error.pos}"
-    except (ValueError, RecursionError) as error:
-        return f"is broken JSON: {error}"
-    return row if isinstance(row, dict) else "is not a JSON object"
-
-
-def parse_row(row: dict | str, system_prompt: str) -> list[dict]:
-    """Return [{"role", "content"}, ...]: system, user, assistant, ...; or ValueError, why not."""
-    if isinstance(row, str):
-        raise ValueError(row)
-    keys = {"system": "system", "query": "user", "answer": "assistant"}
-    turns = [{"role": keys[key], "content": row[key]} for key in keys if key in row]
-    turns = row.get("messages", turns)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError('has "messages" that are not a list of {"role": ..., "content": ...}')
-    if not turns or turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
-    roles = [turn.get("role") for turn in turns]
-    if len(roles) < 3 or roles[1:] != ["user", "assistant"] * (len(roles) // 2):
-        found = ", ".join(map(str, ["roles", *roles[1:]] if "messages" in row else row))
-        raise ValueError(
-            'wants "query" and "answer", or "messages" in which user and assistant alternate, '
-            f"assistant last; has {found[:80]!r}"  # as repr: nothing unprintable
-        )
-    for turn in turns:
-        role, text = turn["role"], turn.get("content")
-        if not isinstance(text, str):
-            raise ValueError(f"its {role} text is not a string")
-        if not text.strip() and role != "system":
-            raise ValueError(f"has an empty {role} text")
-        if NOT_TEXT.search(text):
-            raise ValueError(f"its {role} text has a NUL or half a surrogate pair")
-    return turns
 
 
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
@@ -335,124 +183,6 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
         "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
     )
     return tokenizer
-
-
-def file_sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def encode_file(path: Path, tokenizer, system_prompt: str):
-    """Return all rows as a datasets.Dataset on disk, encoded once and found again by content.
-
-    Columns: input_ids [T], labels [T], line (number in the file), error (why the row is refused, or
-    ""), num_tokens, num_answer_tokens, num_control_tokens (those spelled in the row's texts).
-    """
-    import datasets
-
-    control_tokens = tokenizer.all_special_tokens
-
-    def encoded_rows():
-        rows = read_rows(path)
-        while batch := list(itertools.islice(rows, ENCODE_BATCH)):
-            parsed = []
-            for line, row in batch:
-                try:
-                    parsed.append((line, parse_row(row, system_prompt), ""))
-                except ValueError as error:
-                    parsed.append((line, [], str(error)))  # no turns: no tokens
-            examples = encode_batch([turns for _, turns, _ in parsed], tokenizer)
-            for (line, turns, error), example in zip(parsed, examples):
-                text = "\n".join(turn["content"] for turn in turns)
-                yield {
-                    **example,
-                    "line": line,
-                    "error": error,
-                    "num_tokens": len(example["input_ids"]),
-                    "num_answer_tokens": len(example["labels"])
-                    - example["labels"].count(IGNORE_INDEX),
-                    "num_control_tokens": sum(text.count(token) for token in control_tokens),
-                }
-
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-    features = {"input_ids": ids, "labels": ids, "line": number, "error": datasets.Value("string")}
-    features |= {f"num_{kind}tokens": number for kind in ("", "answer_", "control_")}
-    unreadable = (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError)
-    with as_user_error(unreadable, f"{path}: cannot be read or cached"):
-        if next(read_rows(path), None) is None:
-            raise UserError(f"{path}: is empty; it needs one conversation per line or row")
-        vocabulary, script = tokenizer.backend_tokenizer.to_str(), file_sha256(__file__)
-        causes = file_sha256(path) + path.suffix + system_prompt + vocabulary + script
-        table = datasets.Dataset.from_generator(
-            encoded_rows,
-            features=datasets.Features(features),
-            fingerprint=hashlib.sha256(causes.encode()).hexdigest(),
-        )
-    return table.with_format("numpy")
-
-
-def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_rows: bool = False):
-    """Return the rows to train on, and counts {name: number} of rows and of answer tokens.
-
-    Rows read = trained + dropped + rejected, and answer tokens read = trained + cut + dropped. A
-    row whose answer begins beyond max_len is dropped in any case: it has nothing to train.
-    """
-    lengths, answer_tokens = table["num_tokens"][:], table["num_answer_tokens"][:]
-    rejected, over = np.flatnonzero(lengths == 0), np.flatnonzero(lengths > max_len)
-    if len(rejected):
-        lines = [f"{path}:{row['line']}: {row['error']}" for row in table.select(rejected[:20])]
-        lines += ["..."] * (len(rejected) > len(lines))
-        report = "\n".join([*lines, f"{len(rejected)} of {len(table)} rows are refused"])
-        if not skip_bad_rows:
-            raise UserError(f"{report}; fix them, or train without them: --skip_bad_rows")
-        print(report, file=sys.stderr)
-    if overflow_strategy == "error" and len(over):
-        raise UserError(
-            f"{path}:{table[over[0]]['line']}: {lengths[over[0]]} tokens, and max_len is {max_len} "
-            f"({len(over)} such rows); raise --max_len or choose another --overflow_strategy"
-        )
-    kept = answer_tokens.copy()
-    for i in over:
-        labels = table[i]["labels"][:max_len]
-        kept[i] = (labels != IGNORE_INDEX).sum() if overflow_strategy == "truncate" else 0
-    trained = kept > 0
-    if not trained.any():
-        raise UserError(f"{path}: no answer begins within max_len {max_len}; raise --max_len")
-    counts = {
-        "rows_read": len(table),
-        "rows_trained": int(trained.sum()),
-        "rows_cut": int(trained[over].sum()),
-        "rows_dropped": int((~trained).sum()) - len(rejected),
-        "rows_rejected": len(rejected),
-        "answer_tokens_read": int(answer_tokens.sum()),
-        "answer_tokens_trained": int(kept.sum()),
-        "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
-        "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
-        "control_tokens": int(table["num_control_tokens"][:].sum()),
-    }
-    rows = table if trained.all() else table.select(np.flatnonzero(trained))
-    return rows.select_columns(["input_ids", "labels", "line", "num_tokens"]), counts
-
-
-def write_rejected(table, path: Path, file) -> None:
-    """Write each refused row to a JSONL file: where it stands, why it is refused, and its text."""
-    rejected = table.select(np.flatnonzero(table["num_tokens"][:] == 0))
-    errors = {int(row["line"]): str(row["error"]) for row in rejected}
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, row in enumerate(lines, 1) if path.suffix == ".jsonl" else read_rows(path):
-            if number in errors:
-                about = {"file": str(path), "line": number, "error": errors[number], "row": row}
-                file.write(json.dumps(about, ensure_ascii=False, default=str) + "\n")
-
-
-def paint(row: dict, tokenizer, color: bool) -> str:
-    """Return a row's text with its trained tokens marked: in green, or in brackets."""
-    on, off = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
-    text = ""
-    edges = np.flatnonzero(np.diff(row["labels"] != IGNORE_INDEX)) + 1
-    for i, part in enumerate(np.split(row["input_ids"], edges)):  # context, trained, context, ...
-        text += on + tokenizer.decode(part) + off if i % 2 else tokenizer.decode(part)
-    return text
 
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
@@ -592,115 +322,6 @@ def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
 
 
 # ---- Precision and placement --------------------------------------------------------------------
-class Precision(NamedTuple):
-    weights: torch.dtype
-    compute: str  # bf16, fp16 or fp32
-    optim: str
-    bytes_per_parameter: float  # of weight, gradient and AdamW state
-    reason: str
-
-
-def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> Precision:
-    """Return the number formats for a GPU's compute capability (None: no GPU).
-
-    bf16 weights need stochastic rounding: most updates of AdamW at a learning rate of 1e-5 are less
-    than half a bf16 step, and plain rounding loses them. fp16 always has fp32 weights behind it.
-    (torch.cuda.is_bf16_supported is no guide: it counts the V100's emulation.)
-    """
-    if capability is None:
-        return Precision(torch.float32, "fp32", "adamw_torch_fused", 16, "no GPU")
-    gpu = "compute capability {}.{}".format(*capability)
-    compute = "bf16" if capability >= (8, 0) else "fp16"
-    if fp32 or world_size > 1:
-        reason = f"{gpu}, {'--fp32' if fp32 else 'sharded'}"
-        return Precision(torch.float32, compute, "adamw_torch_fused", 16, reason)
-    weights = torch.bfloat16 if compute == "bf16" else torch.float32
-    size = 2 * weights.itemsize + STATE_8BIT
-    return Precision(weights, compute, "adamw_torch_8bit", size, gpu)
-
-
-class Plan(NamedTuple):
-    device_map: dict | str | None
-    tokens_per_forward: int  # of a micro-batch, at most
-    plain_tokens: int  # at most, of one that fits without gradient checkpointing
-
-
-def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
-    """Return the Plan and print what each device will hold; raises UserError if too much.
-
-    `longest`: the tokens of the longest row. Unless --tokens_per_forward says otherwise,
-    micro-batches are as large as fits; or as fits without checkpointing, if these are not too small
-    to keep the device busy: a layer that is not recomputed saves a fifth of its time.
-    """
-    on_cpu = precision.compute == "fp32"
-    world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
-    budget = training_args.per_device_train_batch_size * args.max_len
-    budget = args.tokens_per_forward or (min(budget, FAST_TOKENS_CPU) if on_cpu else budget)
-    if args.device_map != "auto" and world == 1:
-        print("memory     not planned: the device map is your own")
-        return Plan(args.device_map, budget, 0)
-    # With checkpointing: the largest micro-batch that fits, or the one that is asked for.
-    terms = (precision, capacities, world)
-    if not args.tokens_per_forward:
-        while budget > longest and not memory_plan.fits(config, budget, *terms):
-            budget //= 2
-    tokens = max(budget, longest)
-    device_map, loads = memory_plan.place(config, tokens, *terms)
-    if not memory_plan.fits(config, tokens, *terms):
-        print_loads(loads, capacities, device_map)
-        refuse_plan(config, args, precision, capacities, (tokens, longest), world)
-    # Without: as many tokens as fit while layers stay on their devices, if that is enough.
-    placed = (precision, device_map, capacities, world)
-    plain = memory_plan.largest_plain(config, tokens, *placed)
-    enough = FAST_TOKENS_GPU if training_args.gradient_checkpointing else longest
-    if not args.tokens_per_forward and plain >= enough:
-        budget = min(budget, plain)
-    tokens = max(budget, longest)
-    if not training_args.gradient_checkpointing and plain < tokens:
-        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
-    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
-    loads = memory_plan.peak_loads(config, tokens, plain, *placed)
-    if plain >= tokens:  # then another split is the most even
-        which = "nothing: memory suffices"
-        device_map, loads = memory_plan.place(config, tokens, *terms, checkpointing=False)
-    print_loads(loads, capacities, device_map)
-    print(f"recompute  {which}")  # by gradient checkpointing
-    if world == 1 and len(capacities) > 1:
-        print_torchrun(config, precision, capacities, longest, training_args)
-    on_gpu = training_args.device.type == "cuda"
-    return Plan(device_map if on_gpu else None, budget, plain)
-
-
-def print_loads(loads: list[float], capacities: list[float], device_map: dict | None) -> None:
-    for gpu, (load, room) in enumerate(zip(loads, capacities)):
-        parts = [part for part, at in (device_map or {}).items() if at == gpu]
-        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
-        print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
-
-
-def print_torchrun(config, precision: Precision, capacities: list, longest: int, training_args):
-    """Say how all GPUs of one process could be used at once, for the same rows per step."""
-    gpus = len(capacities)
-    sharded = choose_precision(OLDEST[precision.compute], gpus, False)
-    each = memory_plan.place(config, longest, sharded, capacities, gpus)[1][0]
-    steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
-    flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
-    way = f"at once: torchrun {flags}"
-    if each > memory_plan.USABLE * min(capacities):
-        way = "too small to work at once"
-    print(f"devices    work in turn; {way} ({each / GIB:.1f} GiB each at least)")
-
-
-def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
-    """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
-    if precision.compute == "fp32":
-        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-    single, sharded = (choose_precision(OLDEST[precision.compute], n, False) for n in (1, 2))
-    ways = memory_plan.what_would_fit(config, *tokens, precision, sharded, capacities, world)
-    if (args.fp32 or world > 1) and memory_plan.fits(config, tokens[0], single, capacities):
-        ways.insert(0, "one process" + " without --fp32" * args.fp32)
-    reserve = f"too little memory ({1 - memory_plan.USABLE:.0%} of it stays free)"
-    raise UserError(f"{reserve}; what would fit: {'; '.join(ways) or 'a smaller model'}")
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -927,16 +548,6 @@ class StepTrainer:
         return {**speed, "seconds_left": round(left)}
 
 
-def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
-    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
-
-    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
-    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
-    """
-    attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
-    return 6 * num_parameters * lengths.sum() + attention.sum()
-
-
 def sharded_policy(compute: str):
     """Return FSDP's number formats. (accelerate's own would sum gradients in half precision.)"""
     dtype = COMPUTE_DTYPES[compute]
@@ -997,152 +608,6 @@ def quiet_libraries() -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
-    """Return the free bytes of each device to plan for, and their least compute capability.
-
-    Of several processes each looks at its own device, and all plan for the one with the least:
-    they must cut a step into micro-batches in the same way.
-    """
-    if gpus:
-        capacities, processes = memory_plan.parse_gpus(gpus), training_args.world_size
-        if processes not in (1, len(capacities)):
-            raise UserError(f"--gpus has {len(capacities)} GPUs for {processes} processes")
-        old = {16 * GIB, 32 * GIB} & set(capacities)  # V100s, and the T4
-        capacities = capacities if processes == 1 else [min(capacities)] * processes
-        return capacities, OLDEST["fp16" if old else "bf16"]
-    import psutil  # comes with accelerate
-    from accelerate.utils import gather_object
-
-    world_size, device = training_args.world_size, training_args.device
-    if device.type == "cuda":
-        ids = [device.index] if world_size > 1 else range(torch.cuda.device_count())
-        capability = min(torch.cuda.get_device_capability(i) for i in ids)
-        free = [torch.cuda.mem_get_info(i)[0] for i in ids]
-    else:  # of the machine's memory, a tenth is for other programs
-        capability, processes = None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = [0.9 * psutil.virtual_memory().available / processes]
-    if world_size > 1:
-        free = [min(gather_object(free))] * (world_size if capability else 1)
-        capability = capability and min(gather_object([capability]))
-    return free, capability
-
-
-def plan_steps(budget: int, training_args, lengths: np.ndarray) -> None:
-    """Print how many optimizer steps there will be, and the forward passes of one."""
-    rows = rows_per_step(training_args)
-    steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
-    steps = training_args.max_steps if training_args.max_steps > 0 else steps
-    sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
-    world_size = training_args.world_size
-    passes = len(bin_rows(sample, budget, world_size)) // world_size
-    each = f"{min(rows, len(lengths))} rows, {passes} or so forward passes of {budget} tokens"
-    print(f"steps      {steps} of {each}")
-    if steps < FEW_STEPS:
-        print(f"{'':10} few to learn from: lower --gradient_accumulation_steps, or train longer")
-
-
-def plan_disk(config, precision: Precision, args: ScriptArguments, training_args) -> None:
-    """Print what checkpoints and export take; raises UserError where the disk cannot hold them."""
-    weights, checkpoint = memory_plan.disk_bytes(config, precision)
-    kept = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 2) + 1
-    folder = Path(training_args.output_dir).resolve()
-    folder = next(place for place in (folder, *folder.parents) if place.exists())
-    needed, free = (weights + kept * checkpoint) / GIB, shutil.disk_usage(folder).free / GIB
-    here = "" if args.gpus else f", {free:.1f} GiB free"  # else, it is another machine's disk
-    print(f"disk       {needed:.1f} GiB for {kept} checkpoints and the export{here}")
-    if needed > free and here:
-        raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
-
-
-def start_wandb(training_args) -> None:
-    """Start wandb, offline where there is no login or no answer: it must neither ask nor wait."""
-    if "wandb" not in training_args.report_to or training_args.process_index > 0:
-        return
-    import wandb
-
-    wanted = os.environ.get("WANDB_MODE")
-    with suppress(Exception):  # what stands for a key is none
-        wanted = wanted or ("online" if wandb.login(prompt=False, verify=False) else None)
-    options = {"name": training_args.run_name, "dir": training_args.output_dir}
-    options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
-    options["settings"] = wandb.Settings(init_timeout=30, silent=True)
-    for mode in dict.fromkeys((wanted or "offline", "offline")):
-        try:
-            wandb.init(mode=mode, **options)
-            break
-        except Exception as error:  # whatever it is, it must not cost the run
-            print(f"wandb      not {mode}: {error}")
-    else:  # or Trainer would start it once more, and raise
-        training_args.report_to.remove("wandb")
-    if wandb.run and wandb.run.offline:
-        print(f"wandb      records offline; to upload: wandb sync {Path(wandb.run.dir).parent}")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that, whatever happens, it is the old or the new one."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def open_run(args, training_args, precision: Precision, counts: dict, data_sha256: str):
-    """Return the path of the checkpoint to resume from, or None; write output_dir/run.json.
-
-    Raises UserError where a run would be overwritten, or continued on other terms.
-    """
-    output_dir = Path(training_args.output_dir)
-    record, metrics = output_dir / "run.json", output_dir / "metrics.jsonl"
-    settings, terms = training_args.to_dict(), {"rows_per_step": rows_per_step(training_args)}
-    names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
-    terms |= {name: getattr(args, name) for name in names}
-    names = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
-    terms |= {name: settings[name] for name in names}
-    terms |= {"train_file_sha256": data_sha256, "weights": str(precision.weights)}
-    terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
-    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
-        raise UserError(f"{output_dir} holds a run: --resume continues it, --output_dir leaves it")
-    if checkpoint:
-        remedy = "put it back, or choose another --output_dir"
-        with as_user_error((OSError, ValueError, KeyError), f"{record}: cannot be read; {remedy}"):
-            old = json.loads(record.read_text(encoding="utf-8"))["terms"]
-            changes = [f"{k} was {old[k]!r} and is {v!r}" for k, v in terms.items() if old[k] != v]
-        if changes:
-            raise UserError(f"{output_dir} cannot be resumed: {'; '.join(changes)}")
-    if args.resume:
-        print(f"resume     from {checkpoint or 'the beginning: no checkpoint was saved yet'}")
-    # Without a shell, a machine that has no git would be an error.
-    options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    about = {
-        "terms": terms,
-        "counts": counts,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "arguments": vars(args),
-        "training_arguments": settings,
-        "git": subprocess.run("git describe --always --dirty", **options).stdout.strip(),
-    }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if training_args.should_save:  # one process for all
-        shutil.rmtree(output_dir / "unfinished", ignore_errors=True)  # a save that was killed
-        if metrics.exists():  # what was logged after the checkpoint will be logged again
-            step = int(checkpoint.rpartition("-")[2]) if checkpoint else -1
-            lines = [x for x in metrics.read_text().splitlines(True) if x.endswith("}\n")]
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(metrics, "".join(lines))
-        replace_text(record, json.dumps(about, indent=2, ensure_ascii=False))
-    return checkpoint
-
-
-def print_data(split: str, path: Path, counts: dict) -> None:
-    c = {name: f"{number:,}" for name, number in counts.items()}
-    rows = [f"{c['rows_' + name]} {name}" for name in ("trained", "dropped", "rejected")]
-    tokens = [f"{c['answer_tokens_' + name]} {name}" for name in ("trained", "cut", "dropped")]
-    print(f"{split:10} {path}: {c['rows_read']} rows = {' + '.join(rows)} ({c['rows_cut']} cut)")
-    print(f"{'':10} {c['answer_tokens_read']} answer tokens = {' + '.join(tokens)}")
-    if counts["control_tokens"]:
-        print(f"{'':10} {c['control_tokens']} control tokens spelled in texts stay plain text")
-
-
 def prepare(args: ScriptArguments, training_args):
     """Return all that training needs, having read and checked all that can be wrong before it."""
     on_gpu = training_args.device.type == "cuda"
@@ -1152,7 +617,7 @@ def prepare(args: ScriptArguments, training_args):
         parse_row({"query": "q", "answer": "a"}, args.system_prompt)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
     for split, path in files.items():
-        tables[split] = encode_file(path, tokenizer, args.system_prompt)
+        tables[split] = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
         rows[split], counts[split] = fit_rows(tables[split], path, *limits)
         print_data(split, path, counts[split])
@@ -1168,7 +633,7 @@ def prepare(args: ScriptArguments, training_args):
     formats = f"{precision.compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
     plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
-    plan_steps(plan.tokens_per_forward, training_args, lengths)
+    plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
     plan_disk(config, precision, args, training_args)
     if args.dry_run:
         return None
@@ -1219,59 +684,12 @@ def run(args: ScriptArguments, training_args) -> int:
     return 0
 
 
-def draw_losses(output_dir: Path) -> None:
-    """Draw the losses of metrics.jsonl as loss.png, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    logs = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
-    for name, style in (("loss", "-"), ("eval_loss", "o")):
-        if points := [(log["step"], log[name]) for log in logs if name in log]:
-            axes.plot(*zip(*points), style, label=name)
-    axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
-    axes.legend()
-    figure.savefig(output_dir / "loss.png")
-    print(f"losses     {output_dir / 'loss.png'}")
-
-
-def train(trainer, checkpoint: str | None) -> int:
-    """Train to the end and return 0, or to a SIGINT or SIGTERM, save, and return its number."""
-
-    def stop(number, frame):
-        trainer.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-        name = signal.Signals(number).name
-        say(f"{name}: saving after this step; a second one stops unsaved")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
-    try:  # training_step recovers by itself, as far as fewer tokens per forward pass can help
-        with as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if trainer.bar is not None:
-            trainer.bar.close()
-            transformers.utils.logging.enable_progress_bar()
-    if number := trainer.agreed_signal():
-        step = trainer.state.global_step
-        saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
-        if not saved.exists():
-            trainer._save_checkpoint(trainer.model)
-        where = "is saved; --resume continues from there" if saved.exists() else "is not saved"
-        if trainer.is_world_process_zero():
-            print(f"stopped    after step {step}, which {where}")
-    return number
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
     quiet_libraries()
-    args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    args, training_args = parse_arguments(
+        sys.argv[1:] if argv is None else argv, ScriptArguments, TRAINING_DEFAULTS
+    )
     if training_args.process_index > 0:  # the first prints for all; each its own error
         sys.stdout = io.StringIO()
     try:

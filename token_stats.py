@@ -104,7 +104,9 @@ def measure(args: argparse.Namespace) -> dict:
     files, stats = sft_qwen2.find_data_files(chosen.data_path), {"files": {}, "refused_rows": []}
     tokenizer, limit = load_tokenizer(chosen.model_name_or_path, chosen.system_prompt)
     for split, path in reversed(files.items()):  # train last: what follows is about it
-        table = sft_qwen2.encode_file(path, tokenizer, chosen.system_prompt)
+        table = sft_qwen2.encode_file(
+            path, tokenizer, chosen.system_prompt, sft_qwen2.encode_batch, sft_qwen2.__file__
+        )
         total = np.asarray(table["num_tokens"][:], np.int32)
         bad, longest = np.flatnonzero(total == 0), int(total.max())
         reasons = (f"{path}:{row['line']}: {row['error']}" for row in table.select(bad[:20]))

@@ -69,8 +69,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory_plan
-import sft_qwen2
 from memory_plan import GIB
+
+import sft_qwen2
 from sft_qwen2 import IGNORE_INDEX
 
 CONTENDERS = ("this trainer", "TRL", "attention", "this trainer, all checkpointed")

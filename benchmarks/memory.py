@@ -38,8 +38,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import memory_plan
-import sft_qwen2
 from memory_plan import GIB
+
+import sft_qwen2
 
 ROW, BUDGETS = 8192, (2048, 8192, 32768)  # tokens
 COLUMNS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

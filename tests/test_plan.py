@@ -11,15 +11,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import memory_plan
 import psutil
 import pytest
 import torch
 import transformers
 from conftest import ROOT
-
-import memory_plan
-import sft_qwen2
 from memory_plan import GIB, largest_plain, parse_gpus, place, split_layers, step_memory
+
+import sft_qwen2
 from sft_qwen2 import choose_precision
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -15,18 +15,18 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import memory_plan
 import pytest
 import torch
 import transformers
 import yaml
 from conftest import ROOT
+from memory_plan import GIB
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-import memory_plan
 import sft_qwen2
 import token_stats
-from memory_plan import GIB
 
 READMES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md")}
 ENGLISH, CHINESE = READMES.values()
