@@ -18,67 +18,81 @@ Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key
 size, V vocabulary.
 """
 
-import datetime
+import contextlib
 import io
 import itertools
 import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+# Gaps between blocks of memory would cost more than the margins of the plan. Torch reads it once.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
 import tqdm.auto
 import transformers
-from torch.nn.functional import linear_cross_entropy, scaled_dot_product_attention
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
-from transformers.trainer_utils import rotate_checkpoints
 
-from sft.arguments import parse_arguments
+from sft.arguments import parse_arguments, with_optim
+from sft.callbacks import (
+    MetricsLog,
+    StopOnSignal,
+    draw_losses,
+    finish_wandb,
+    lasting_console,
+    start_wandb,
+    train,
+)
 from sft.memory_plan import (
-    COMPUTE_DTYPES,
     GIB,
-    LOSS_CHUNK,
-    PEAK_TFLOPS,
+    Job,
     Plan,
+    check_devices,
+    check_plan,
     choose_precision,
     find_devices,
+    peak_tflops,
+    plan_cost,
     plan_disk,
     plan_memory,
     plan_steps,
+    print_plan,
     rows_per_step,
     training_flops,
 )
+from sft.numerics import adamw_8bit_class, check_compiler, cross_entropy_sum, varlen_attention
 from sft.rows import (
     IGNORE_INDEX,
     UserError,
     as_user_error,
     encode_file,
-    file_sha256,
     find_data_files,
     fit_rows,
     paint,
-    parse_row,
     print_data,
-    read_rows,
+    row_place,
     say,
-    write_rejected,
 )
-from sft.run_folder import draw_losses, open_run, start_wandb, train
+from sft.run_folder import WholeCheckpoints, open_run, resume_terms, saved_so_far
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
-SHOWN_IN_BAR = ("loss", "tokens_per_s", "mfu", "peak_gib")
-SHOWN = (*SHOWN_IN_BAR, "grad_norm", "learning_rate", "trained_tokens_per_s")
-NUM_SAMPLES, SAMPLE_TOKENS = 3, 48  # validation prompts answered before and after training
+MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
+# Validation rows that are asked before and after training: the first with prompt and answer of at
+# most so many tokens; the first few of these are shown.
+NUM_QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS, NUM_SHOWN = 40, 1024, 48, 3
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -102,9 +116,13 @@ class ScriptArguments:
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
     fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes per parameter.")
     device_map: str = HfArg(default="auto", help="auto: layers by memory; or transformers' own.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many evaluations that were no better than the best."
+    )
     resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
     dry_run: bool = HfArg(default=False, help="Do everything but load the model and train.")
     gpus: str | None = HfArg(default=None, help="With --dry_run: plan for 4x80, or 2x80,1x40 GiB.")
+    chosen_optim: str | None = field(default=None, init=False)  # --optim, where it was given
 
 
 TRAINING_DEFAULTS = {
@@ -124,9 +142,6 @@ TRAINING_DEFAULTS = {
     "gradient_checkpointing": True,
     "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
 }
-
-
-# ---- Rows: what is read, and why a row is refused -----------------------------------------------
 
 
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
@@ -186,6 +201,28 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
+class StepSampler(torch.utils.data.Sampler):
+    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch.
+
+    None from `max_steps` on: Trainer would add a step to a finished run that is resumed.
+    """
+
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int, max_steps: int, epochs: float):
+        self.num_rows, self.rows_per_step, self.seed, self.epoch = num_rows, rows_per_step, seed, 0
+        self.max_steps = max_steps if max_steps > 0 else math.ceil(epochs * len(self))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / self.rows_per_step)
+
+    def __iter__(self):
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        steps = torch.randperm(self.num_rows, generator=order).split(self.rows_per_step)
+        yield from (step.tolist() for step in steps[: self.max_steps - self.epoch * len(self)])
+
+
 def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
     """Return row numbers in bins of at most tokens_per_forward tokens, by first-fit decreasing.
 
@@ -222,7 +259,7 @@ def flatten(rows: list[dict]) -> dict:
     return {**batch, "shift_labels": labels[:, 1:], "cu_seq_lens": bounds, "seq_lens": seq_lens}
 
 
-def cut(row: dict, max_len: int) -> dict:
+def truncate(row: dict, max_len: int) -> dict:
     return {name: row[name][:max_len] for name in ("input_ids", "labels")}
 
 
@@ -232,7 +269,7 @@ def collate(rows: list[dict], max_len: int, tokens_per_forward: int, rank: int =
     Every process reads all rows of the step and takes its share of the bins: each knows the divisor
     of the loss and the number of forward passes without communicating.
     """
-    rows = [cut(row, max_len) for row in rows]
+    rows = [truncate(row, max_len) for row in rows]
     bins = bin_rows([len(row["input_ids"]) for row in rows], tokens_per_forward, world)
     trained_tokens = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
     return [flatten([rows[i] for i in b]) for b in bins[rank::world]], trained_tokens
@@ -248,20 +285,16 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
     """
     if seq_lens is None:
         return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
-    options = {"scale": kwargs["scaling"], "enable_gqa": True}
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast left them fp32
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if ampere and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        bounds = (cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens))
-        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options)[None], None
+        return varlen_attention(query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]), None
     if query.is_cuda and not ampere:  # their fused kernel wants a key and a value per query head
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    options = {"is_causal": True, "scale": kwargs["scaling"], "enable_gqa": True}
     rows = zip(*(x.split(seq_lens, dim=2) for x in (query, key, value)))
-    outputs = [scaled_dot_product_attention(*row, is_causal=True, **options) for row in rows]
+    outputs = [scaled_dot_product_attention(*row, **options) for row in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -281,318 +314,342 @@ class AnswerLoss:
         head = self.lm_head.weight
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
-        hidden, targets = output.last_hidden_state.to(head.device)[trained], shift_labels[trained]
-        if torch.is_autocast_enabled(head.device.type):  # it would leave this product in fp32
-            dtype = torch.get_autocast_dtype(head.device.type)
-            hidden, head = hidden.to(dtype), head.to(dtype)
-        chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
-        options = {"options": torch.nn.LinearCrossEntropyOptions(**chunks)}
-        # In half precision a sum would be rounded to 8 bits; the single losses' errors cancel out.
-        options["reduction"] = "sum" if hidden.dtype == torch.float32 else "none"
-        losses = linear_cross_entropy(hidden, head, targets, **options)
-        return {"loss": losses.float().sum() / num_items_in_batch}
+        hidden = output.last_hidden_state.to(head.device)[trained]  # [N, hidden size]
+        loss_sum = cross_entropy_sum(hidden, head, shift_labels[trained])
+        return {"loss": loss_sum / num_items_in_batch}
 
 
-def check_model(name_or_path: str, planned: bool):
+def check_model(name_or_path: str, default: str, planned: bool):
     """Return the model's config; raises UserError where the model cannot be trained here.
 
     `planned`: whether there is a GPU, or only a plan is wanted.
     """
-    default = ScriptArguments.model_name_or_path
     if name_or_path == default and not planned:
         raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
     remedy = f"try hf download {default} --local-dir qwen2, then --model_name_or_path qwen2"
     sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
     with as_user_error((OSError, ValueError), sentence):
-        config = transformers.AutoConfig.from_pretrained(name_or_path)
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type != "qwen2" or config.use_sliding_window:
-        raise UserError(f"{name_or_path}: is not a Qwen2 or Qwen2.5 model with full attention")
+        wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
+        raise UserError(f"{name_or_path}: is {config.model_type!r}, not {wanted}")
     return config
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
-    """Return the checkpoint as a Qwen2ForCausalLM with AnswerLoss and row_attention."""
+def model_class():
+    """Return Qwen2ForCausalLM with AnswerLoss, having registered row_attention.
+
+    Under the same name, so that exports, device maps and FSDP see the ordinary model. In a
+    function, because importing models takes seconds, which --help need not wait for.
+    """
     transformers.AttentionInterface.register("row_attention", row_attention)
     masks = transformers.AttentionMaskInterface
     masks.register("row_attention", masks()["sdpa"])  # for generation
-    bases = (AnswerLoss, transformers.Qwen2ForCausalLM)  # here: importing models takes seconds
-    return type("Qwen2ForCausalLM", bases, {}).from_pretrained(
-        name_or_path, dtype=dtype, device_map=device_map, attn_implementation="row_attention"
-    )
+    return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
 
 
-# ---- Precision and placement --------------------------------------------------------------------
+def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
+    """Return the checkpoint as a model_class(), ready for training.
+
+    Raises UserError where a weight is missing, unknown, or of another shape than its config says.
+    """
+    with as_user_error((OSError, RuntimeError, ValueError), f"{name_or_path}: cannot be loaded"):
+        model, report = model_class().from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation="row_attention",
+            output_loading_info=True,
+            use_safetensors=True,  # other formats could run code
+        )
+    for problem, weights in report.items():
+        if weights:
+            names = ", ".join(sorted(map(str, weights))[:3])
+            raise UserError(f"{name_or_path}: {problem.replace('_', ' ')}: {names}; copy it anew")
+    return model
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
 class StepTrainer:
     """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
 
-    build_trainer also sets max_len, tokens_per_forward, plain_tokens, num_parameters, train_file,
-    and since when (time.time()) which work [steps, tokens, trained tokens, FLOPs] was done.
+    `plan` says how many tokens a micro-batch may have; `stochastic`: AdamW with 8-bit state, and
+    random rounding of bf16 weights.
     """
 
-    bar = None
-    stop_signal = 0  # the number of the one that came
-    bad_norms = 0  # consecutive steps whose gradient norm was not finite
+    def __init__(self, model, args, plan: Plan, max_len: int, rows_per_step: int, **kwargs):
+        super().__init__(model, args, data_collator=list, **kwargs)
+        self.max_len, self.rows_per_step = max_len, rows_per_step
+        self.tokens_per_forward = plan.tokens_per_forward
+        self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
+        self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
+        self.step_rows = []
+        self.since = time.time()  # the last log, and since then:
+        self.num_tokens = self.num_trained_tokens = self.flops = 0
 
     def get_train_dataloader(self):
-        """Return the loader of steps: lists of rows, shuffled by the seed and the epoch."""
-        from accelerate.data_loader import prepare_data_loader
-
-        options = {"batch_size": rows_per_step(self.args), "shuffle": True, "collate_fn": list}
-        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
-        # "1 process": else accelerate deals out the rows itself, and repeats some to fill a step.
+        """Return the loader of steps: lists of rows, the same in all processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        options = {"use_seedable_sampler": True, "data_seed": seed}
-        return prepare_data_loader(loader, num_processes=1, process_index=0, **options)
+        sampler = StepSampler(
+            len(self.train_dataset),
+            self.rows_per_step,
+            seed,
+            self.args.max_steps,
+            self.args.num_train_epochs,
+        )
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=list
+        )
+        loader.set_epoch = sampler.set_epoch  # Trainer calls it
+        return loader
 
-    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
-        """Begin the bar; return (epochs, steps of the next) done before.
-
-        Of a finished run all epochs: Trainer would add a step if it ended within one.
-        """
-        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
-        if sys.stderr.isatty() and self.is_world_process_zero():
-            self.bar = tqdm.auto.tqdm(total=max_steps, initial=self.state.global_step)
-            transformers.utils.logging.disable_progress_bar()  # a save's would break this one
-        return done if self.state.global_step < max_steps else (epochs, 0)
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
+        # Fused AdamW would skip a step on its own, and the schedule go on.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Return Trainer's schedule, one step ahead where it warms up.
+        """Return Trainer's schedule; where it warms up, one step ahead.
 
-        A warm-up begins with a rate of 0: the rows of that step would not be trained.
+        A warm-up begins with a rate of 0, and the rows of that step would not be trained. The last
+        step, one ahead, would have the rate of the schedule's end, 0 again: it has that of half a
+        step before.
         """
-        warm_up = self.args.get_warmup_steps(num_training_steps) > 0
-        scheduler = super().create_scheduler(num_training_steps + warm_up, optimizer)
-        if warm_up and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch's, to step the optimizer first
-                scheduler.step()
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.get_warmup_steps(num_training_steps) > 0 and isinstance(scheduler, LambdaLR):
+            last = num_training_steps - 0.5
+            ahead = [lambda step, f=f: f(min(step + 1, last)) for f in scheduler.lr_lambdas]
+            scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, ahead)
         return scheduler
 
-    def micro_batches(self, rows: list[dict]) -> tuple[list[dict], int]:
-        share = (self.args.process_index, self.args.world_size)
-        batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
-        return [self._prepare_inputs(batch) for batch in batches], trained_tokens
-
     def training_step(self, model, rows, num_items_in_batch=None):
-        """Run the step's micro-batches and return its loss; out of memory, again with less at once.
-
-        The divisor of the loss is the trained tokens of all processes. Processes average gradients
-        and losses, so each multiplies its part by their number.
-        """
+        """Run a step's micro-batches forward and backward, and return its loss."""
         model.train()
-        while True:
-            batches, trained_tokens = self.micro_batches(rows)
-            loss_sum = torch.zeros((), device=self.args.device)
-            try:
-                for i, batch in enumerate(batches, 1):
-                    self.choose_checkpointing(sum(batch["seq_lens"]))
-                    self.accelerator.sync_gradients = i == len(batches)  # for DeepSpeed
-                    with self.gradients_kept(model) if i < len(batches) else nullcontext():
-                        divisor = trained_tokens / self.args.world_size
-                        loss = model(**batch, num_items_in_batch=divisor)["loss"]
-                        self.accelerator.backward(loss)
-                    loss_sum += loss.detach().to(loss_sum.device)
-                break
-            except torch.OutOfMemoryError:
-                self.lower_budget(batches)
-            loss = None  # and with it the activations that it holds
-            model.zero_grad()
-            torch.cuda.empty_cache()
+        # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self.skipped_steps = self.skipped_steps + 1 if skipped else 0
+        self.step_rows = rows
+        loss_sum = self.run_smaller_until_it_fits(self.forward_backward, rows)
         step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
         # Exactly 0 is what wrong labels and overflown logits look like.
-        if not math.isfinite(step_loss) or step_loss == 0:
-            raise self.broken_step(f"its loss is {step_loss}", rows)
-        self.control.should_training_stop |= self.agreed_signal() > 0
-        self.rows = rows
+        if not math.isfinite(step_loss) or step_loss == 0 or self.skipped_steps > MAX_SKIPPED:
+            raise self.broken_step(f"its loss is {step_loss}, {self.skipped_steps} steps skipped")
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
-        flops = training_flops(self.model.config, self.num_parameters, lengths)
-        self.work += [1, lengths.sum(), trained_tokens, flops]
+        self.num_tokens += lengths.sum()
+        self.flops += training_flops(self.model.config, self.model.num_parameters(), lengths)
+        return loss_sum
+
+    def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
+        """Return the loss of this process's micro-batches, having added up its gradients.
+
+        The divisor is the trained tokens of all processes. Processes average gradients and losses,
+        so each multiplies its part by their number.
+        """
+        loss_sum = torch.zeros((), device=self.args.device)
+        for i, batch in enumerate(batches, 1):
+            self.choose_checkpointing(sum(batch["seq_lens"]))
+            # Processes exchange gradients once a step. FSDP each time: kept, they would be whole.
+            last = i == len(batches) or self.is_fsdp_enabled
+            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                divisor = trained_tokens / self.args.world_size
+                loss = self.model_wrapped(**batch, num_items_in_batch=divisor)["loss"]
+                self.accelerator.backward(loss)
+            loss_sum += loss.detach()
+        self.num_trained_tokens += trained_tokens
         return loss_sum
 
     def choose_checkpointing(self, tokens: int) -> None:
         """Recompute layers in the backward pass only where memory asks for it."""
         if self.args.gradient_checkpointing:
             for layer in self.model.model.layers:
-                layer.gradient_checkpointing = tokens > self.plain_tokens
+                layer.gradient_checkpointing = tokens > self.max_tokens_without_checkpointing
 
-    def gradients_kept(self, model):
-        """Return a context in which backward leaves gradients where they are, for later ones.
+    def run_smaller_until_it_fits(self, work, rows: list[dict]):
+        """Return work(micro-batches of these rows, trained tokens); out of memory, with less."""
+        while True:
+            share = (self.args.process_index, self.args.world_size)
+            batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
+            try:
+                batches = [self._prepare_inputs(batch) for batch in batches]
+                return work(batches, trained_tokens)
+            except torch.OutOfMemoryError:
+                self.lower_limits(max((batch["seq_lens"] for batch in batches), key=sum))
+            # Outside of "except", whose traceback holds the activations of the failed pass.
+            self.model_wrapped.zero_grad()
+            torch.cuda.empty_cache()
 
-        With FSDP it exchanges them each time: kept, they would be whole, 4 bytes a parameter.
+    def lower_limits(self, seq_lens: list[int]) -> None:
+        """Recompute more, or if all is already, halve tokens_per_forward.
+
+        `seq_lens`: of the largest micro-batch. Raises UserError where that cannot help, and for
+        several processes, of which the others would not do the same.
         """
-        return nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
-
-    def agreed_signal(self) -> int:
-        """Return the signal that any process got, or 0: all must stop after the same step."""
-        number = torch.tensor(self.stop_signal, device=self.args.device)
-        return int(self.accelerator.gather(number).max())
-
-    def lower_budget(self, batches: list[dict]) -> None:
-        """Checkpoint all layers, or if so already, halve tokens_per_forward.
-
-        Raises UserError where that cannot help or other processes would not do the same.
-        """
-        largest = max((batch["seq_lens"] for batch in batches), key=sum)
-        tokens, half = sum(largest), sum(largest) // 2
+        tokens = sum(seq_lens)
         if self.args.world_size > 1:
+            half = tokens // 2
             raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
-        if self.plain_tokens and self.args.gradient_checkpointing:
-            self.plain_tokens = 0
-            say(f"memory     out with {tokens} tokens; now with gradient checkpointing for all")
-        elif len(largest) == 1:
+        recomputes = self.args.gradient_checkpointing and self.model.training
+        if recomputes and tokens <= self.max_tokens_without_checkpointing:
+            self.max_tokens_without_checkpointing = int(0.85 * tokens)
+            now = f"gradient checkpointing from {self.max_tokens_without_checkpointing + 1} on"
+        elif len(seq_lens) == 1:
             raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
         else:
-            self.tokens_per_forward = half
-            say(f"memory     {tokens} tokens are too many for one forward pass; now {half}")
-        self.log({"tokens_per_forward": self.tokens_per_forward})
+            self.tokens_per_forward = tokens // 2
+            now = f"--tokens_per_forward {self.tokens_per_forward}"
+        say(f"memory     out of it with {tokens} tokens in a micro-batch; now {now}")
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Return the norm as Trainer does, but stop before NaN gradients reach the weights."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.bad_norms = 0 if np.isfinite(float(norm)) else self.bad_norms + 1
-        # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
-        if self.bad_norms > (20 if self.args.fp16 else 0):
-            raise self.broken_step(f"its gradient norm is {float(norm)}", self.rows)
-        return norm
+    def check_gradients(self) -> None:
+        """Stop before gradients that are not finite reach the weights."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(norm.item()):
+            raise self.broken_step(f"its gradient norm is {norm.item()}")
 
-    def broken_step(self, what: str, rows) -> UserError:
-        lines = ", ".join(f"{self.train_file}:{row['line']}" for row in rows)
+    def broken_step(self, what: str) -> UserError:
         return UserError(
             f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
-            f"weights; checkpoints are as they were, nothing is exported. Its rows: {lines}"
+            f"weights; checkpoints are as they were, nothing is exported. Begin anew with a lower "
+            f"--learning_rate, or mend its rows: {', '.join(map(row_place, self.step_rows))}"
         )
 
-    def _save_checkpoint(self, model, trial=None) -> None:
-        """Save a checkpoint aside and rename it once it is on disk: it is whole, or not there."""
-        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        aside, error = output_dir / "unfinished", None
-        self.args.output_dir = str(aside)
-        try:
-            super()._save_checkpoint(model, trial)  # every process writes a part
-            os.sync()
-        except Exception as caught:  # each library has its own for a full disk; training can go on
-            error = caught
-            say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
-        self.args.output_dir = str(output_dir)
-        failed = torch.tensor(float(error is not None), device=self.args.device)
-        failed = self.accelerator.reduce(failed) > 0  # in any process; all parts are written now
-        if self.args.should_save:
-            if not failed:
-                os.replace(aside / name, output_dir / name)
-                rotate_checkpoints(str(output_dir), self.args.save_total_limit)
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir=None, state_dict=None):
-        if state_dict and self.model.config.tie_word_embeddings:
-            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
-        super()._save(output_dir, state_dict)
-
-    def evaluate(self, ignore_keys=None):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
-        began, rows, loss_sum, token_sum = time.time(), iter(self.eval_dataset), 0.0, 0
+        began, loss_sum, token_sum = time.time(), 0.0, 0
         self.model.eval()
-        while step := list(itertools.islice(rows, self.args.per_device_train_batch_size)):
-            batches, trained_tokens = self.micro_batches(step)
-            token_sum += trained_tokens
-            with torch.no_grad(), self.accelerator.autocast():
-                loss_sum += sum(self.model(**batch)["loss"].item() for batch in batches)
+        rows, size = self.eval_dataset, self.rows_per_step
+        steps = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        for step in tqdm.auto.tqdm(steps, "eval", leave=False, disable=quiet):
+            step_loss, tokens = self.run_smaller_until_it_fits(
+                self.forward_loss, [rows[i] for i in step]
+            )
+            loss_sum, token_sum = loss_sum + step_loss, token_sum + tokens
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
-        metrics = {"eval_loss": loss_sum / token_sum}
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
-        say(f"eval_loss  {metrics['eval_loss']:.4f} at step {self.state.global_step}")
         self.since += time.time() - began  # no part of the steps' time
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
+    def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
+        """Return (loss summed over this process's trained tokens, those of all processes)."""
+        with torch.no_grad(), self.accelerator.autocast():
+            losses = [self.model(**batch)["loss"].item() for batch in batches]
+        return sum(losses), trained_tokens
+
     def log(self, logs: dict, start_time=None) -> None:
-        """Report to wandb and others, to output_dir/metrics.jsonl and, of a step, on screen."""
+        """Log as Trainer does; of steps, also the throughput and its share of the GPUs' peak."""
         if "loss" in logs:
-            logs |= self.measure_speed()
-        try:
-            super().log(logs, start_time)
-        except Exception as error:  # wandb's, of whatever kind: a report must not cost the run
-            say(f"wandb      lost step {self.state.global_step}: {error}")
-        if not self.is_world_process_zero():
-            return
-        step, steps = self.state.global_step, self.state.max_steps
-        try:
-            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **logs}) + "\n")
-        except OSError as error:  # a full disk; the next line may have room again
-            say(f"step {step} is not in metrics.jsonl: {error}")
-        values = {name: logs[name] for name in SHOWN if name in logs}
-        shown = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in values.items()}
-        if "loss" in logs and self.bar is not None:
-            self.bar.set_postfix({k: v for k, v in shown.items() if k in SHOWN_IN_BAR})
-            self.bar.update(step - self.bar.n)
-        elif "loss" in logs:  # a bar would fill a log file
-            left = datetime.timedelta(seconds=round(logs["seconds_left"]))
-            line = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{steps}  {line}  left {left}", flush=True)
-
-    def measure_speed(self) -> dict[str, float]:
-        """Return the throughput since the last log, and its share of the GPUs' peak."""
-        steps, tokens, trained, flops = self.work / (time.time() - self.since)
-        self.since, self.work = time.time(), np.zeros(4)
-        left = (self.state.max_steps - self.state.global_step) / steps
-        speed = {"tokens_per_s": round(tokens), "trained_tokens_per_s": round(trained)}
-        if self.args.device.type == "cuda":
-            name, gpus = torch.cuda.get_device_name(), range(torch.cuda.device_count())
-            if peak := next((peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name), None):
-                speed["mfu"] = flops / (peak * 1e12 * self.args.world_size)
-            speed["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
-        return {**speed, "seconds_left": round(left)}
+            seconds = time.time() - self.since
+            logs["tokens_per_s"] = round(self.num_tokens / seconds)
+            logs["trained_tokens_per_s"] = round(self.num_trained_tokens / seconds)
+            if self.args.device.type == "cuda":
+                if peak := peak_tflops(torch.cuda.get_device_name()):
+                    logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
+                gpus = range(torch.cuda.device_count())
+                logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
+            self.since, self.num_tokens, self.num_trained_tokens, self.flops = time.time(), 0, 0, 0
+        super().log(logs, start_time)
 
 
-def sharded_policy(compute: str):
-    """Return FSDP's number formats. (accelerate's own would sum gradients in half precision.)"""
-    dtype = COMPUTE_DTYPES[compute]
-    return torch.distributed.fsdp.MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+def trainer_arguments(training_args, precision, rows: dict):
+    """Return the TrainingArguments for Trainer, for which a step is one large batch."""
+    rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
+    args = replace(
+        training_args,
+        per_device_train_batch_size=rows_per_step(training_args) // training_args.world_size,
+        gradient_accumulation_steps=1,
+        bf16=precision.compute_dtype == torch.bfloat16 and not rounded,
+        fp16=precision.compute_dtype == torch.float16,
+        optim=precision.optim,
+        eval_on_start="validation" in rows,
+        disable_tqdm=training_args.disable_tqdm or not sys.stderr.isatty(),
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
+    if args.fsdp:  # accelerate's own policy would sum gradients in half precision
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy
+        policy = policy(precision.compute_dtype, reduce_dtype=torch.float32)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy
+    return args
 
 
-def build_trainer(model, tokenizer, script_args, training_args, rows: dict, precision, plan: Plan):
+def build_trainer(
+    model, tokenizer, script_args, training_args, rows, precision, plan, stop_on_signal
+):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
-    rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
-    stochastic = rounded and precision.optim == "adamw_torch_8bit"
-    own_step = rows_per_step(training_args) // training_args.world_size
-    args = replace(
-        training_args,
-        per_device_train_batch_size=own_step,  # for Trainer, a step is one large batch
-        gradient_accumulation_steps=1,
-        bf16=precision.compute == "bf16" and not rounded,
-        fp16=precision.compute == "fp16",
-        optim=precision.optim,
-        optim_args="bf16_stochastic_round=True" if stochastic else training_args.optim_args,
-        eval_on_start="validation" in rows,
+    args = trainer_arguments(training_args, precision, rows)
+    optimizer = None  # Trainer's own of this name
+    if precision.optim == "adamw_torch_8bit":
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        options |= {
+            "eps": args.adam_epsilon,
+            "seed": args.seed * args.world_size + args.process_index,
+        }
+        options["bf16_stochastic_round"] = precision.weights == torch.bfloat16
+        optimizer = (adamw_8bit_class(), options)
+    callbacks = [MetricsLog(), stop_on_signal]
+    if script_args.early_stopping_patience:
+        callbacks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
+    trainer = type("SFTTrainer", (StepTrainer, WholeCheckpoints, transformers.Trainer), {})(
+        model,
+        args,
+        plan,
+        script_args.max_len,
+        rows_per_step(training_args),
+        processing_class=tokenizer,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
-    datasets = {"train_dataset": rows["train"], "eval_dataset": rows.get("validation")}
-    trainer_class = type("SFTTrainer", (StepTrainer, transformers.Trainer), {})
-    trainer = trainer_class(model, args, data_collator=list, processing_class=tokenizer, **datasets)
-    for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
-        trainer.remove_callback(callback)  # StepTrainer.log shows the steps
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
-    if trainer.is_fsdp_enabled:
-        policy = sharded_policy(precision.compute)
-        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    trainer.max_len, trainer.num_parameters = script_args.max_len, model.num_parameters()
-    trainer.tokens_per_forward, trainer.plain_tokens = plan[1:]
-    trainer.since, trainer.work = time.time(), np.zeros(4)
     return trainer
 
 
-def answer_samples(model, tokenizer, prompts: list[list[dict]]) -> list[str]:
-    """Return the model's greedy answer to each prompt, itself a conversation that waits for one."""
-    chat = transformers.pipeline("text-generation", model=model.eval(), tokenizer=tokenizer)
-    length = {"max_new_tokens": SAMPLE_TOKENS, "max_length": None, "return_full_text": False}
-    return [chat(prompt, do_sample=False, **length)[0]["generated_text"] for prompt in prompts]
+# ---- Answers to held-out questions, before and after --------------------------------------------
+def held_out_questions(rows) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids (prompt, answer) of the first validation rows with short ones.
+
+    A row begins with what generation is given, and its first answer ends with <|im_end|>.
+    """
+    questions = []
+    for row in itertools.islice(rows, 10 * NUM_QUESTIONS):
+        ids, trained = row["input_ids"], row["labels"] != IGNORE_INDEX
+        begin, end, *_ = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+        if begin <= QUESTION_TOKENS and end - begin <= ANSWER_TOKENS:
+            questions.append((ids[:begin].tolist(), ids[begin:end].tolist()))
+    return questions[:NUM_QUESTIONS]
+
+
+def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
+    """Return the model's greedy answers, each with the <|im_end|> that ends it, if it comes."""
+    if not questions:
+        return []
+    prompts = {"input_ids": [prompt for prompt, _ in questions]}
+    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
+    outputs = model.eval().generate(**batch, **limit, do_sample=False)
+    texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
+    return [text.replace(tokenizer.pad_token, "") for text in texts]
+
+
+def print_answers(tokenizer, questions: list[tuple], before: list[str], after: list[str]) -> None:
+    """Print how many answers are those of the rows, and the first few."""
+    wanted = [tokenizer.decode(ids) for _, ids in questions]
+    for (prompt, _), old, new in list(zip(questions, before, after))[:NUM_SHOWN]:
+        asked = tokenizer.decode(prompt).split(f"{IM_START}user\n")[-1].split(IM_END)[0]
+        print(f"question   {asked!r}\n  before   {old!r}\n  after    {new!r}")
+    exact = [sum(map(str.__eq__, answers, wanted)) for answers in (before, after)]
+    print(f"exact      {exact[1]} of {len(wanted)} held-out answers (before: {exact[0]})")
 
 
 # ---- The run ------------------------------------------------------------------------------------
@@ -608,77 +665,86 @@ def quiet_libraries() -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
-def prepare(args: ScriptArguments, training_args):
-    """Return all that training needs, having read and checked all that can be wrong before it."""
-    on_gpu = training_args.device.type == "cuda"
-    config = check_model(args.model_name_or_path, on_gpu or args.dry_run)
-    files, tables, rows, counts = find_data_files(args.data_path), {}, {}, {}
-    with as_user_error(ValueError, "--system_prompt"):
-        parse_row({"query": "q", "answer": "a"}, args.system_prompt)
-    tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    for split, path in files.items():
-        tables[split] = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
+def read_data(args, tokenizer) -> tuple[dict, dict]:
+    """Return the rows of each split that can be trained on, and their counts; print both."""
+    rows, counts = {}, {}
+    for split, path in find_data_files(args.data_path).items():
+        table = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
-        rows[split], counts[split] = fit_rows(tables[split], path, *limits)
+        rows[split], counts[split] = fit_rows(table, path, *limits)
         print_data(split, path, counts[split])
-    lengths = rows["train"]["num_tokens"][:].clip(max=args.max_len)
-    shortest = cut(rows["train"][int(lengths.argmin())], args.max_len)
-    print(f"example    {paint(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
+    return rows, counts
+
+
+def make_plan(config, args, training_args, rows) -> tuple:
+    """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
+    lengths = rows["num_tokens"][:].clip(max=args.max_len)
     capacities, capability = find_devices(args.gpus, training_args)
-    precision = choose_precision(capability, training_args.world_size, args.fp32)
-    if training_args.optim != transformers.TrainingArguments.optim:  # the user's --optim
-        size = 4 * precision.weights.itemsize  # of AdamW; others have less state than that
-        precision = precision._replace(optim=training_args.optim.value, bytes_per_parameter=size)
-    weights = str(precision.weights).removeprefix("torch.")
-    formats = f"{precision.compute} over {weights} weights, {precision.optim}"
+    precision = with_optim(choose_precision(capability, args.fp32), args.chosen_optim)
+    compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
+    formats = f"{compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
-    plan = plan_memory(config, args, training_args, precision, capacities, int(lengths.max()))
+    # Processes on the CPU have all weights each.
+    shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
+    job, longest = Job(config, precision, capacities, shards), int(lengths.max())
+    plan = plan_memory(job, args, training_args, longest)
+    print_plan(plan, job, training_args, longest)
+    check_plan(plan, job, args, training_args, longest)
     plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
+    plan_cost(job, args.gpus, training_args, lengths)
     plan_disk(config, precision, args, training_args)
-    if args.dry_run:
-        return None
-    checkpoint = open_run(args, training_args, precision, counts, file_sha256(files["train"]))
-    if args.skip_bad_rows and training_args.should_save:
-        with open(Path(training_args.output_dir) / "rejected.jsonl", "w", encoding="utf-8") as file:
-            for split, table in tables.items():
-                write_rejected(table, files[split], file)
-    return files, rows, tokenizer, precision, plan, checkpoint
+    return precision, plan
 
 
 def run(args: ScriptArguments, training_args) -> int:
-    """Read, encode, train, export; return the exit code. Raises UserError."""
-    if not (prepared := prepare(args, training_args)):
+    """Read, encode, plan, train, export; return the exit code. Raises UserError."""
+    if not args.gpus:
+        check_devices(training_args)
+    default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
+    config = check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
+    rows, counts = read_data(args, tokenizer)
+    example = min(
+        rows["train"].select(range(min(100, len(rows["train"])))), key=lambda r: r["num_tokens"]
+    )
+    example = truncate(example, args.max_len)
+    print(f"example    {paint(example, tokenizer, sys.stdout.isatty())}", flush=True)
+    precision, plan = make_plan(config, args, training_args, rows["train"])
+    if args.dry_run:
         return 0
-    files, rows, tokenizer, precision, plan, checkpoint = prepared
-    if training_args.fsdp:  # for from_pretrained, which must know before there is a Trainer
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
-    start_wandb(training_args)
-    trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan)
-    trainer.train_file = files["train"]
-    samples = "validation" in rows and not training_args.fsdp  # sharded, a token takes a second
-    if samples:
-        lines = rows["validation"][:NUM_SAMPLES]["line"]
-        first = itertools.islice(read_rows(files["validation"]), int(lines[-1]))
-        prompts = [parse_row(row, args.system_prompt)[:2] for line, row in first if line in lines]
-        before = answer_samples(model, tokenizer, prompts)
-    if stop_signal := train(trainer, checkpoint):
+    if precision.optim == "adamw_torch_8bit":
+        if lacking := check_compiler(training_args.device.type):
+            raise UserError(lacking)
+        print("compile    the optimizer at its first step, which takes a minute the first time")
+    terms = resume_terms(args, training_args, precision, rows)
+    with open_run(args, training_args, terms, counts) as checkpoint:
+        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
+        stop = StopOnSignal()
+        trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
+        start_wandb(training_args)
+        return train_and_export(
+            trainer, tokenizer, stop, checkpoint, config.dtype or precision.weights
+        )
+
+
+def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: torch.dtype) -> int:
+    """Train, evaluate, write the model; return the exit code."""
+    output_dir, questions = Path(trainer.args.output_dir), []
+    if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # there, 1 s a token
+        questions = held_out_questions(trainer.eval_dataset)
+    before = answer(trainer.model, tokenizer, questions)
+    if stop_signal := train(trainer, stop, checkpoint):
         return 128 + stop_signal
-    model.config.use_cache = True  # Trainer turned it off; what is served needs it
-    failure = f"{training_args.output_dir}: the model is not written; make room, then --resume"
-    if training_args.fsdp:  # one ordinary model folder
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    with as_user_error(Exception, failure):  # each library has its own for a full disk
-        trainer.save_model()
-    if "validation" in rows:
+    trainer.model.config.use_cache = True  # Trainer turned it off; what is served needs it
+    trainer.export(dtype, IM_END)
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
-    if samples:
-        after = answer_samples(model, tokenizer, prompts)
-        for prompt, old, new in zip(prompts, before, after):
-            print(f"question   {prompt[1]['content']}\n  before   {old!r}\n  after    {new!r}")
+    if questions:
+        after = answer(trainer.model, tokenizer, questions)
+        print_answers(tokenizer, questions, before, after)
     if trainer.is_world_process_zero():
-        draw_losses(Path(training_args.output_dir))
-    output_dir = training_args.output_dir
+        draw_losses(trainer.state.log_history, output_dir / "loss.png")
+        finish_wandb()
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0
@@ -687,22 +753,22 @@ def run(args: ScriptArguments, training_args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
     quiet_libraries()
-    args, training_args = parse_arguments(
-        sys.argv[1:] if argv is None else argv, ScriptArguments, TRAINING_DEFAULTS
-    )
-    if training_args.process_index > 0:  # the first prints for all; each its own error
-        sys.stdout = io.StringIO()
+    argv = sys.argv[1:] if argv is None else argv
+    args, training_args = parse_arguments(argv, ScriptArguments, TRAINING_DEFAULTS)
+    rank = training_args.process_index
+    silence = contextlib.redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
     try:
-        code = run(args, training_args)
+        with lasting_console(), silence:  # the first prints for all; each its own error
+            code = run(args, training_args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return code
     except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
-        rank = f" in process {training_args.process_index}" * (training_args.world_size > 1)
-        print(f"error{rank}: {error}", file=sys.stderr)
+        where = f" in process {rank}" * (training_args.world_size > 1)
+        print(f"error{where}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before training began: there is nothing to save
-        print("stopped    before training began", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"stopped    {saved_so_far(training_args.output_dir)}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -1,8 +1,7 @@
-"""What a training step needs of each GPU, and which GPU holds what: arithmetic.
+"""Number formats, what a training step needs of each GPU, and which GPU holds what: arithmetic.
 
-benchmarks/memory.py holds it against traced steps. Sizes are in bytes. `config` is the model's,
-`capacities` are the free bytes of each device, and `precision` is sft_qwen2.Precision: the dtype of
-weights, the format of products, and the bytes of a weight, its gradient and its AdamW state.
+benchmarks/memory.py holds it against traced steps. Sizes are in bytes, `tokens` are those of a
+micro-batch, `capacities` the free bytes of each device.
 """
 
 import bisect
@@ -10,6 +9,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -17,233 +17,38 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sft.numerics import LOSS_CHUNK
 from sft.rows import UserError
 
 GIB = 2**30
-GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*"  # 4x80: number x GiB
-COMPUTE_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-LOGIT_SIZE = {"bf16": 8, "fp16": 2, "fp32": 4}  # in bf16: of one in fp32, and of two casts
-LOSS_CHUNK = 1024  # positions whose logits exist at once: 0.9 GiB with gradients at V = 152,064
-USABLE = 0.95  # of a device's free memory: the rest is for the CUDA context and gaps
-OLDEST = {"bf16": (8, 0), "fp16": (7, 0)}  # least compute capability for which this is chosen
-STATE_8BIT = 2 * (1 + 4 / 256)  # bytes of AdamW state: two codes, and a scale for each 256 of them
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FAST_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
-FAST_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
-# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets, for MFU. Of these
-# names, the first that a GPU's full name contains is taken.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
+GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*(:(bf16|fp16))?"  # 4x80: number x GB
+
+LOGIT_SIZE = {2: 8, 4: 4}  # of numbers of 2 bytes: one in fp32, and two casts
+USABLE = 0.95  # of a device's free memory; the rest is for kernels' workspaces, NCCL's, and gaps
+USABLE_WITHOUT_CHECKPOINTING = 0.90  # where most is activations, of changing sizes
+MIN_CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}  # compute capability
+STATE_8BIT = 2 * (1 + 4 / 128)  # bytes of AdamW state: two codes, and a scale for each 128 of them
+MAX_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
+MIN_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
 FEW_STEPS = 10  # of the optimizer: fewer hardly move the weights
-PEAK_TFLOPS |= {"A100": 312, "A800": 312, "V100": 125}
-USABLE_PLAIN = 0.90  # without checkpointing, where most is activations: the allocator leaves gaps
+TYPICAL_MFU = 0.4
+# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets. Of these names,
+# the first that a GPU's full name contains is taken.
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
+PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "A6000": 155, "V100": 125, "T4": 65}
+OLDEST_DRIVER = 580  # for CUDA 13
 
 
-def parse_gpus(gpus: str) -> list[int]:
-    """Return the bytes of each GPU of a text like GPUS: of "2x80,1x40" those of three."""
-    groups = [group.split("x") for group in gpus.split(",")]
-    return [int(gib) * GIB for number, gib in groups for _ in range(int(number))]
-
-
-# ---- What a step needs --------------------------------------------------------------------------
-def kv_size(config) -> int:  # the width of a layer's keys, and of its values
-    return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-
-
-def count_parameters(config) -> dict[str, int]:
-    """Return the number of parameters in the "matrices" of a layer, a "layer", and the "model"."""
-    hidden, kv = config.hidden_size, kv_size(config)
-    matrices = hidden * (2 * hidden + 2 * kv + 3 * config.intermediate_size)  # q o, k v, the MLP's
-    layer = matrices + 3 * hidden + 2 * kv  # two norms, and biases of q, k and v
-    tables = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    model = tables + layer * config.num_hidden_layers + hidden
-    return {"matrices": matrices, "layer": layer, "model": model}
-
-
-def layer_activations(config, tokens: int, compute: str, stream: int) -> tuple[int, int]:
-    """Return the bytes a layer keeps for its backward pass, and the most that this adds to them.
-
-    `stream`: the bytes of a number of the residual stream, which passes from layer to layer.
-    """
-    hidden, wide, size = config.hidden_size, config.intermediate_size, COMPUTE_SIZE[compute]
-    casts = size < stream  # autocast: each product keeps casts of its two operands
-    # Of both norms, computed in fp32: the input, and the result before it is scaled.
-    numbers = 2 * (4 + stream)
-    # The input of q, k and v and the input of gate and up; of casts, one for each of the five.
-    numbers += size * (5 if casts else 2)
-    # Attention: q and the output. Where rows go one by one (bf16's kernel takes them all), the
-    # outputs joined; in fp16, on GPUs before Ampere, also a key and a value for each query head.
-    numbers += size * {"bf16": 2, "fp16": 5, "fp32": 3}[compute]
-    keys = 0 if compute == "fp16" else 2 * kv_size(config)
-    # The MLP: gate, silu(gate), up, and the product.
-    kept = tokens * (hidden * numbers + size * (keys + 4 * wide))
-    kept += count_parameters(config)["matrices"] * size * casts
-    # Halfway back through the MLP the product is gone, and gradients exist: its own, those of
-    # silu(gate) and of up, and that of the residual stream.
-    return kept, tokens * (2 * wide * size + hidden * stream)
-
-
-def step_memory(config, tokens: int, precision, world: int = 1, checkpointing: bool = True):
-    """Return the bytes of an "embedding", a "layer", a "head" and the "work" of a micro-batch.
-
-    A device's peak is "work" once, and the parts it holds. With checkpointing, a layer keeps only
-    its input, and is computed again on the way back.
-    """
-    layer, weight = count_parameters(config)["layer"], precision.weights.itemsize
-    stream, each = weight, precision.bytes_per_parameter
-    if world > 1:  # FSDP2 shares out weights, gradients and state, and casts weights it gathers
-        stream = weight = COMPUTE_SIZE[precision.compute]
-        each /= world
-    kept, work = layer_activations(config, tokens, precision.compute, stream)
-    if checkpointing:
-        checkpoint = tokens * config.hidden_size * stream
-        work += kept - (checkpoint if stream == 4 else 0)  # in fp32, it is a norm's input as well
-        kept = checkpoint
-    # The loss: the head's gradient in the format of products, and at most every position's last
-    # state, normed and picked, with its gradient. Besides a chunk of logits and, where weights are
-    # cast, those of the head; or later the gradient once more in fp32, cast or scaled.
-    size, matrix = COMPUTE_SIZE[precision.compute], config.vocab_size * config.hidden_size
-    chunk = min(LOSS_CHUNK, tokens) * config.vocab_size * LOGIT_SIZE[precision.compute]
-    fp32 = matrix * 4 if precision.weights.itemsize == 4 else 0
-    tied = matrix * weight if config.tie_word_embeddings else 0  # waits for the embedding's
-    loss = tokens * config.hidden_size * (4 * weight + 4)
-    if world > 1:
-        # In fp32 a gradient is sent, and its share comes back; a tied head's only in the end. And
-        # there are weights of this layer and the next, and gradients of one.
-        fp32 = 0 if tied else fp32
-        loss += fp32 / world + 3 * layer * weight
-        work += max(matrix * weight, fp32) + 3 * layer * weight
-    cast = matrix * size if size < precision.weights.itemsize else 0
-    loss += matrix * size + max(cast + chunk, fp32)
-    return {
-        "embedding": matrix * each + max(0, matrix * weight - work),  # comes last
-        "layer": layer * each + kept,
-        "head": (0 if tied else matrix * each) + max(tied, loss - work),
-        "work": work,
-    }
-
-
-def disk_bytes(config, precision) -> tuple[float, float]:
-    """Return the bytes of the exported model, and of a checkpoint: weights and AdamW state."""
-    parameters = count_parameters(config)["model"]
-    weights = parameters * precision.weights.itemsize
-    return weights, parameters * precision.bytes_per_parameter - weights  # no gradients
-
-
-# ---- Which GPU holds what -----------------------------------------------------------------------
-def layer_names(config) -> list[str]:
-    return [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-
-
-def split_layers(costs: list[float], capacities: list[float], fixed: float = 0) -> list[int]:
-    """Return each item's GPU, in order, so that the largest (costs + fixed) / capacity is least.
-
-    A GPU may get none.
-    """
-
-    @functools.cache
-    def best(first: int, gpu: int) -> tuple[float, list[int]]:  # of items and GPUs from these on
-        if gpu == len(capacities):
-            return (math.inf if first < len(costs) else 0), []
-        options = []
-        for end in range(first, len(costs) + 1):
-            load = (sum(costs[first:end]) + fixed) / capacities[gpu] if end > first else 0
-            rest_load, rest = best(end, gpu + 1)
-            options.append((max(load, rest_load), [gpu] * (end - first) + rest))
-        return min(options)
-
-    return best(0, 0)[1]
-
-
-def device_loads(config, parts: dict, device_map: dict | None, num_devices: int) -> list[float]:
-    """Return the bytes needed on each device; without a map, each holds all parts."""
-    costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
-    if device_map is None:
-        return [sum(costs) + parts["work"]] * num_devices
-    names = ["model.embed_tokens", *layer_names(config), "lm_head"]
-    loads = [parts["work"] * (gpu in device_map.values()) for gpu in range(num_devices)]
-    for name, cost in zip(names, costs):
-        loads[device_map[name]] += cost
-    return loads
-
-
-def place(
-    config, tokens: int, precision, capacities: list[float], world: int = 1, checkpointing=True
-):
-    """Return (device map, bytes needed on each device): whole layers in order, as even as can be.
-
-    Several processes have no map: each has its share of the parameters, and all activations.
-    """
-    parts = step_memory(config, tokens, precision, world, checkpointing)
-    if world > 1:
-        return None, device_loads(config, parts, None, world)
-    costs = [parts["embedding"], *[parts["layer"]] * config.num_hidden_layers, parts["head"]]
-    if config.tie_word_embeddings:  # the head is the embedding, and stays with it
-        costs[0] += costs.pop()
-    gpus = split_layers(costs, capacities, parts["work"])
-    head = gpus[0] if config.tie_word_embeddings else gpus[-1]
-    device_map = {"model.rotary_emb": gpus[0], "model.embed_tokens": gpus[0]}
-    device_map |= dict(zip(layer_names(config), gpus[1:]))
-    device_map |= {"model.norm": gpus[-1], "lm_head": head}
-    return device_map, device_loads(config, parts, device_map, len(capacities))
-
-
-def fits(config, tokens: int, precision, capacities: list[float], world: int = 1) -> bool:
-    """Return whether a micro-batch fits, with checkpointing."""
-    loads = place(config, tokens, precision, capacities, world)[1]
-    return all(load <= USABLE * room for load, room in zip(loads, capacities))
-
-
-def largest_plain(config, most: int, precision, device_map, capacities: list[float], world: int):
-    """Return the tokens of the largest micro-batch, up to `most`, that fits without checkpointing.
-
-    0 if none does. The layers stay where the device map has them.
-    """
-
-    def is_too_large(tokens: int) -> bool:
-        parts = step_memory(config, tokens, precision, world, checkpointing=False)
-        loads = device_loads(config, parts, device_map, len(capacities))
-        return any(load > USABLE_PLAIN * room for load, room in zip(loads, capacities))
-
-    return bisect.bisect_left(range(1, most + 1), True, key=is_too_large)
-
-
-def peak_loads(config, tokens: int, plain: int, precision, device_map, capacities, world: int):
-    """Return the bytes needed on each device for micro-batches of up to `tokens` tokens.
-
-    Those of up to `plain` tokens are without checkpointing.
-    """
-    cases = [(min(tokens, plain), False)] if plain else []
-    cases += [(tokens, True)] if tokens > plain else []
-    parts = (step_memory(config, most, precision, world, again) for most, again in cases)
-    loads = [device_loads(config, part, device_map, len(capacities)) for part in parts]
-    return [max(device) for device in zip(*loads)]
-
-
-def what_would_fit(config, tokens: int, longest: int, precision, sharded, capacities, world: int):
-    """Return remedies, in words: fewer tokens at once, or more GPUs like the first.
-
-    `longest`: the tokens of the longest row. `sharded`: the precision of several processes.
-    """
-    halves, numbers, same = (tokens >> i for i in range(1, 16)), range(2, 65), capacities[:1]
-    less = (n for n in halves if n >= longest and fits(config, n, precision, capacities, world))
-    split = (n for n in numbers if fits(config, tokens, precision, same * n))
-    ranks = (n for n in numbers if fits(config, longest, sharded, same * n, n))
-    ways = [f"--tokens_per_forward {n}" for n in itertools.islice(less, 1)]
-    ways += [f"{n} such GPUs" for n in itertools.islice(split, 1)]
-    least = f"with --tokens_per_forward {longest}"
-    return ways + [f"torchrun --nproc_per_node {n} {least}" for n in itertools.islice(ranks, 1)]
-
-
-# ---- Precision, and the plan ------
+# ---- Devices and precision ----------------------------------------------------------------------
 class Precision(NamedTuple):
     weights: torch.dtype
-    compute: str  # bf16, fp16 or fp32
+    compute_dtype: torch.dtype  # of matrix products
     optim: str
     bytes_per_parameter: float  # of weight, gradient and AdamW state
     reason: str
 
 
-def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> Precision:
+def choose_precision(capability: tuple | None, fp32: bool) -> Precision:
     """Return the number formats for a GPU's compute capability (None: no GPU).
 
     bf16 weights need stochastic rounding: most updates of AdamW at a learning rate of 1e-5 are less
@@ -251,15 +56,73 @@ def choose_precision(capability: tuple | None, world_size: int, fp32: bool) -> P
     (torch.cuda.is_bf16_supported is no guide: it counts the V100's emulation.)
     """
     if capability is None:
-        return Precision(torch.float32, "fp32", "adamw_torch_fused", 16, "no GPU")
-    gpu = "compute capability {}.{}".format(*capability)
-    compute = "bf16" if capability >= (8, 0) else "fp16"
-    if fp32 or world_size > 1:
-        reason = f"{gpu}, {'--fp32' if fp32 else 'sharded'}"
-        return Precision(torch.float32, compute, "adamw_torch_fused", 16, reason)
-    weights = torch.bfloat16 if compute == "bf16" else torch.float32
+        return Precision(torch.float32, torch.float32, "adamw_torch_fused", 16, "no GPU")
+    ampere = capability >= MIN_CAPABILITY[torch.bfloat16]
+    compute_dtype = torch.bfloat16 if ampere else torch.float16
+    reason = "compute capability {}.{}".format(*capability)
+    if fp32:
+        return Precision(torch.float32, compute_dtype, "adamw_torch_fused", 16, f"{reason}, --fp32")
+    weights = torch.bfloat16 if ampere else torch.float32
     size = 2 * weights.itemsize + STATE_8BIT
-    return Precision(weights, compute, "adamw_torch_8bit", size, gpu)
+    return Precision(weights, compute_dtype, "adamw_torch_8bit", size, reason)
+
+
+def check_launch(by_torchrun: bool, world_size: int, num_gpus: int) -> None:
+    """Raise UserError where accelerate would refuse one process over several GPUs."""
+    if by_torchrun and world_size == 1 and num_gpus > 1:
+        remedy = f"--nproc_per_node {num_gpus}, or for one of them CUDA_VISIBLE_DEVICES=0 python"
+        raise UserError(f"torchrun --nproc_per_node 1 sees {num_gpus} GPUs: use {remedy}")
+
+
+def check_driver(cuda: str | None, is_available: bool, driver: str | None) -> None:
+    """Raise UserError where a PyTorch built for CUDA cannot use the NVIDIA driver that is there."""
+    if cuda and driver and not is_available:
+        found = f"PyTorch, built for CUDA {cuda}, finds no GPU with NVIDIA driver {driver}"
+        newer = f"update it (CUDA 13 needs {OLDEST_DRIVER}), install PyTorch for an older CUDA"
+        raise UserError(f"{found}: {newer}, or --use_cpu")
+
+
+def check_kernels(capabilities: list[tuple], arch_list: list[str]) -> None:
+    """Raise UserError where PyTorch has no kernels for a GPU: those of sm_80 run on 8.0 to 8.9.
+
+    `arch_list`: torch.cuda.get_arch_list(). Of compute_80, they are made at run time from 8.0 on.
+    """
+    for major, minor in capabilities:
+        sm = {f"sm_{major}{lower}" for lower in range(minor + 1)}
+        compute = {f"compute_{n}" for n in range(50, 10 * major + minor + 1)}
+        if not (sm | compute) & set(arch_list):
+            gpu = f"this PyTorch has no kernels for a GPU of compute capability {major}.{minor}"
+            remedy = "install a build that has them (a V100: the one for CUDA 12.6; see README)"
+            raise UserError(f"{gpu}, only {' '.join(arch_list)}: {remedy}")
+
+
+def check_devices(training_args) -> None:
+    """Raise UserError where this machine's GPUs are there, but could not be trained on."""
+    device, num_gpus = training_args.device.type, torch.cuda.device_count()
+    if device == "mps":  # its kernels for attention and loss were never compared with others
+        raise UserError("Apple GPUs are untested, and not used: add --use_cpu")
+    if device == "cuda":
+        check_launch("LOCAL_RANK" in os.environ, training_args.world_size, num_gpus)
+        capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(num_gpus)]
+        check_kernels(capabilities, torch.cuda.get_arch_list())
+    hidden = training_args.use_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if (file := Path("/proc/driver/nvidia/version")).exists() and not hidden:
+        driver = re.search(r"\s(\d{3,}\.[\d.]+)", file.read_text())
+        check_driver(torch.version.cuda, torch.cuda.is_available(), driver and driver[1])
+
+
+def parse_gpus(gpus: str) -> tuple[list[float], tuple[int, int]]:
+    """Return the free bytes of each GPU of a text like GPUS, and their least compute capability.
+
+    Of 80 "GB", 78.6 GiB are free: a card's total is about 0.99 of its name in GiB (79.2 of 80, 31.7
+    of 32, 23.7 of 24), and a CUDA context takes 0.6. Unless said, 16 and 32 GB are V100s (and T4).
+    """
+    gpus, _, dtype = gpus.partition(":")
+    groups = [group.split("x") for group in gpus.split(",")]
+    sizes = [int(size) for number, size in groups for _ in range(int(number))]
+    dtype = dtype or ("fp16" if {16, 32} & set(sizes) else "bf16")
+    capability = MIN_CAPABILITY[{"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]]
+    return [(0.99 * size - 0.6) * GIB for size in sizes], capability
 
 
 def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
@@ -268,117 +131,303 @@ def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[in
     Of several processes each looks at its own device, and all plan for the one with the least:
     they must cut a step into micro-batches in the same way.
     """
+    processes, device = training_args.world_size, training_args.device
     if gpus:
-        capacities, processes = parse_gpus(gpus), training_args.world_size
+        capacities, capability = parse_gpus(gpus)
         if processes not in (1, len(capacities)):
             raise UserError(f"--gpus has {len(capacities)} GPUs for {processes} processes")
-        old = {16 * GIB, 32 * GIB} & set(capacities)  # V100s, and the T4
-        capacities = capacities if processes == 1 else [min(capacities)] * processes
-        return capacities, OLDEST["fp16" if old else "bf16"]
+        return capacities if processes == 1 else [min(capacities)] * processes, capability
     import psutil  # comes with accelerate
     from accelerate.utils import gather_object
 
-    world_size, device = training_args.world_size, training_args.device
     if device.type == "cuda":
-        ids = [device.index] if world_size > 1 else range(torch.cuda.device_count())
+        ids = [device.index] if processes > 1 else range(torch.cuda.device_count())
         capability = min(torch.cuda.get_device_capability(i) for i in ids)
         free = [torch.cuda.mem_get_info(i)[0] for i in ids]
     else:  # of the machine's memory, a tenth is for other programs
-        capability, processes = None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = [0.9 * psutil.virtual_memory().available / processes]
-    if world_size > 1:
-        free = [min(gather_object(free))] * (world_size if capability else 1)
+        capability, neighbours = None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = [0.9 * psutil.virtual_memory().available / neighbours]
+    if processes > 1:
+        free = [min(gather_object(free))] * (processes if capability else 1)
         capability = capability and min(gather_object([capability]))
     return free, capability
 
 
+# ---- What a step needs --------------------------------------------------------------------------
+class Job(NamedTuple):
+    config: object  # the model's
+    precision: Precision
+    capacities: list  # free bytes of each device
+    num_shards: int  # processes that share the parameters (FSDP2); 1: each has what it trains
+
+
+def kv_size(config) -> int:  # the width of a layer's keys, and of its values
+    return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+
+
+def count_parameters(config) -> dict[str, int]:
+    """Return the parameters of the "matrices" of a layer, a "layer", a "table", the "model"."""
+    hidden, kv = config.hidden_size, kv_size(config)
+    matrices = hidden * (2 * hidden + 2 * kv + 3 * config.intermediate_size)  # q o, k v, the MLP's
+    layer = matrices + 3 * hidden + 2 * kv  # two norms, and biases of q, k and v
+    table = config.vocab_size * hidden  # embedding or head
+    model = table * (1 if config.tie_word_embeddings else 2)
+    model += layer * config.num_hidden_layers + hidden
+    return {"matrices": matrices, "layer": layer, "table": table, "model": model}
+
+
+def layer_activations(config, tokens: int, compute: torch.dtype, stream: int) -> tuple[int, int]:
+    """Return the bytes a layer keeps for its backward pass, and the most that this adds to them.
+
+    `stream`: the bytes of a number of the residual stream, which passes from layer to layer.
+    """
+    hidden, wide, size = config.hidden_size, config.intermediate_size, compute.itemsize
+    casts = size < stream  # autocast: each product keeps casts of its two operands
+    # Of both norms, computed in fp32: the input, and the result before it is scaled.
+    numbers = 2 * (4 + stream)
+    # The input of q, k and v and the input of gate and up; of casts, one for each of the five.
+    numbers += size * (5 if casts else 2)
+    # Attention: q and the output. Where rows go one by one (bf16's kernel takes them all), the
+    # outputs joined; in fp16, on GPUs before Ampere, also a key and a value for each query head.
+    numbers += size * {torch.bfloat16: 2, torch.float16: 5, torch.float32: 3}[compute]
+    keys = 0 if compute == torch.float16 else 2 * kv_size(config)
+    # The MLP: gate, silu(gate), up, and the product.
+    kept = tokens * (hidden * numbers + size * (keys + 4 * wide))
+    kept += count_parameters(config)["matrices"] * size * casts
+    # Halfway back through the MLP the product is gone, and gradients exist: its own, those of
+    # silu(gate) and of up, and that of the residual stream.
+    return kept, tokens * (2 * wide * size + hidden * stream)
+
+
+def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = True) -> dict:
+    """Return the bytes a device needs at each moment of a later micro-batch, and of the update.
+
+    `names`: the modules that it holds. The largest is its peak. With checkpointing, a layer keeps
+    only its input, and is computed again on the way back. Shards of a layer, of the embedding, and
+    of the head are gathered when their turn comes, in the format of products, and gradients are
+    sent in fp32 (FSDP2, as accelerate groups them).
+    """
+    config, precision, shards = job.config, job.precision, job.num_shards
+    size, weight = precision.compute_dtype.itemsize, precision.weights.itemsize
+    count, tied = count_parameters(config), config.tie_word_embeddings
+    table, gathered = count["table"], count["layer"] * size
+    stream = weight if shards == 1 else size
+    kept, backward = layer_activations(config, tokens, precision.compute_dtype, stream)
+    if checkpointing:
+        checkpoint = tokens * config.hidden_size * stream
+        backward += kept - (checkpoint if stream == 4 else 0)  # in fp32, a norm's input as well
+        kept = checkpoint
+    tables = [name for name in names if name in ("model.embed_tokens", "lm_head")]
+    layers, head = len(names) - len(tables), "lm_head" in names or (tied and tables)
+    parameters = layers * count["layer"] + len(tables) * table
+    held = parameters * precision.bytes_per_parameter / shards
+    # The loss: at most every position's last state, normed and picked, with its gradient; the
+    # head's gradient; a chunk of logits, or later that gradient in fp32: cast, scaled, or sent.
+    loss = tokens * config.hidden_size * (4 * stream + 4) + table * size
+    chunk = min(LOSS_CHUNK, tokens) * config.vocab_size * LOGIT_SIZE[size]
+    if shards == 1:
+        cast = table * size if size < weight else 0
+        loss += max(cast + chunk, 4 * table if weight == 4 else 0)
+        waiting = table * weight if tied and head else 0  # for the gradient of the embedding
+        backward += waiting
+        embedding = table * weight + waiting
+    else:
+        sent = table * (4 + (4 + weight) / shards)  # and the share that comes back
+        loss += gathered + max(table * size + chunk, 0 if tied else sent)
+        waiting = table * 2 * size if tied else table * 4  # or sent, until the next is
+        backward += waiting + 3 * gathered  # weights of this layer and the next, and gradients
+        embedding = table * size + sent + (waiting if tied else 0)
+    largest = table if tables else config.hidden_size * config.intermediate_size
+    update = 8 * largest / shards if precision.optim == "adamw_torch_8bit" else 0  # two fp32 copies
+    return {
+        "loss": held + (layers * kept + loss if head else 0),
+        "layer": held + (layers * kept + backward if layers else 0),
+        "embedding": held + (embedding if "model.embed_tokens" in names else 0),
+        "update": held + update,
+    }
+
+
+def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
+    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
+
+    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
+    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
+    """
+    attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
+    return 6 * num_parameters * lengths.sum() + attention.sum()
+
+
+# ---- Which GPU holds what -----------------------------------------------------------------------
+def split_items(load, num_items: int, capacities: list[float]) -> list[int]:
+    """Return each item's GPU, in order, so that the largest load / capacity is least.
+
+    `load(first, end)`: bytes of a GPU with the items from `first` to before `end`. It may get none.
+    """
+
+    @functools.cache
+    def best(first: int, gpu: int) -> tuple[float, list[int]]:  # of items and GPUs from these on
+        if gpu == len(capacities):
+            return (math.inf if first < num_items else 0), []
+        options = []
+        for end in range(first, num_items + 1):
+            share = load(first, end) / capacities[gpu] if end > first else 0
+            rest_share, rest = best(end, gpu + 1)
+            options.append((max(share, rest_share), [gpu] * (end - first) + rest))
+        return min(options)
+
+    return best(0, 0)[1]
+
+
+def item_names(config) -> list[str]:
+    """Return the modules to be placed, in order; a tied head goes with the embedding."""
+    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+    return ["model.embed_tokens", *layers, *([] if config.tie_word_embeddings else ["lm_head"])]
+
+
+def make_device_map(job: Job, tokens: int, checkpointing: bool = True) -> dict | None:
+    """Return the GPU of each module: whole layers in order, as even as can be; of shards, None."""
+    if job.num_shards > 1 or job.precision.compute_dtype == torch.float32:
+        return None
+    names = item_names(job.config)
+
+    @functools.cache
+    def load(first: int, end: int) -> float:
+        return max(step_memory(job, tokens, names[first:end], checkpointing).values())
+
+    gpus = split_items(load, len(names), job.capacities)
+    head = gpus[0 if job.config.tie_word_embeddings else -1]
+    ends = {"model.rotary_emb": gpus[0], "model.norm": gpus[-1], "lm_head": head}
+    return ends | dict(zip(names, gpus))
+
+
+def held_modules(job: Job, device_map: dict | None) -> list[list[str]]:
+    """Return the modules of each device, in order; without a map, each holds (a shard of) all."""
+    names, gpus = item_names(job.config), range(len(job.capacities))
+    return [[n for n in names if device_map is None or device_map[n] == gpu] for gpu in gpus]
+
+
+def device_loads(job: Job, tokens: int, device_map: dict | None, checkpointing: bool = True):
+    """Return the bytes needed on each device, at the moment when it needs the most."""
+    held = held_modules(job, device_map)
+    moments = [names and step_memory(job, tokens, names, checkpointing) for names in held]
+    return [max(sizes.values()) if sizes else 0 for sizes in moments]
+
+
+def fits(job: Job, tokens: int, device_map: dict | None, checkpointing: bool = True) -> bool:
+    share = USABLE if checkpointing else USABLE_WITHOUT_CHECKPOINTING
+    loads = device_loads(job, tokens, device_map, checkpointing)
+    return all(load <= share * room for load, room in zip(loads, job.capacities))
+
+
+# ---- The plan -----------------------------------------------------------------------------------
 class Plan(NamedTuple):
     device_map: dict | str | None
     tokens_per_forward: int  # of a micro-batch, at most
-    plain_tokens: int  # at most, of one that fits without gradient checkpointing
+    max_tokens_without_checkpointing: int  # of a micro-batch that fits without it
+    capacities: list[float]  # free bytes of each device
+    needed: list[float]  # at the least: micro-batches of the longest row, all recomputed
+    used: list[float]
 
 
-def plan_memory(config, args, training_args, precision: Precision, capacities: list, longest: int):
-    """Return the Plan and print what each device will hold; raises UserError if too much.
+def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
+    """Return the Plan for rows of up to `longest` tokens, whether or not it fits.
 
-    `longest`: the tokens of the longest row. Unless --tokens_per_forward says otherwise,
-    micro-batches are as large as fits; or as fits without checkpointing, if these are not too small
-    to keep the device busy: a layer that is not recomputed saves a fifth of its time.
+    Unless --tokens_per_forward says otherwise, micro-batches are as large as fits; or as fits
+    without checkpointing, if these are not too small to keep the device busy: a layer that is not
+    recomputed saves a fifth of its time.
     """
-    on_cpu = precision.compute == "fp32"
-    world = 1 if on_cpu else training_args.world_size  # a CPU's processes have all weights each
-    budget = training_args.per_device_train_batch_size * args.max_len
-    budget = args.tokens_per_forward or (min(budget, FAST_TOKENS_CPU) if on_cpu else budget)
-    if args.device_map != "auto" and world == 1:
-        print("memory     not planned: the device map is your own")
-        return Plan(args.device_map, budget, 0)
+    asked, on_cpu = args.tokens_per_forward, job.precision.compute_dtype == torch.float32
+    budget = asked or training_args.per_device_train_batch_size * args.max_len
+    budget = min(budget, MAX_TOKENS_CPU) if on_cpu and not asked else budget
+    if args.device_map != "auto" and job.num_shards == 1:
+        return Plan(args.device_map, budget, 0, [], [], [])
     # With checkpointing: the largest micro-batch that fits, or the one that is asked for.
-    terms = (precision, capacities, world)
-    if not args.tokens_per_forward:
-        while budget > longest and not fits(config, budget, *terms):
-            budget //= 2
+    maps = functools.cache(lambda tokens: make_device_map(job, tokens))
+    while not asked and budget > longest and not fits(job, budget, maps(budget)):
+        budget //= 2
     tokens = max(budget, longest)
-    device_map, loads = place(config, tokens, *terms)
-    if not fits(config, tokens, *terms):
-        print_loads(loads, capacities, device_map)
-        refuse_plan(config, args, precision, capacities, (tokens, longest), world)
+    device_map, least = maps(tokens), maps(longest)
     # Without: as many tokens as fit while layers stay on their devices, if that is enough.
-    placed = (precision, device_map, capacities, world)
-    plain = largest_plain(config, tokens, *placed)
-    enough = FAST_TOKENS_GPU if training_args.gradient_checkpointing else longest
-    if not args.tokens_per_forward and plain >= enough:
+    too_large = lambda tokens: not fits(job, tokens, device_map, False)  # noqa: E731
+    plain = bisect.bisect_left(range(1, tokens + 1), True, key=too_large)
+    enough = MIN_TOKENS_GPU if training_args.gradient_checkpointing else longest
+    if not asked and plain >= enough:
         budget = min(budget, plain)
     tokens = max(budget, longest)
-    if not training_args.gradient_checkpointing and plain < tokens:
-        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
-    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
-    loads = peak_loads(config, tokens, plain, *placed)
     if plain >= tokens:  # then another split is the most even
-        which = "nothing: memory suffices"
-        device_map, loads = place(config, tokens, *terms, checkpointing=False)
-    print_loads(loads, capacities, device_map)
-    print(f"recompute  {which}")  # by gradient checkpointing
-    if world == 1 and len(capacities) > 1:
-        print_torchrun(config, precision, capacities, longest, training_args)
-    on_gpu = training_args.device.type == "cuda"
-    return Plan(device_map if on_gpu else None, budget, plain)
+        device_map = make_device_map(job, tokens, checkpointing=False)
+    cases = [(min(tokens, plain), False)] if plain else []
+    cases += [(tokens, True)] if tokens > plain else []
+    used = zip(*(device_loads(job, most, device_map, again) for most, again in cases))
+    needed = device_loads(job, longest, least)
+    return Plan(device_map, budget, plain, job.capacities, needed, [max(x) for x in used])
 
 
-def print_loads(loads: list[float], capacities: list[float], device_map: dict | None) -> None:
-    for gpu, (load, room) in enumerate(zip(loads, capacities)):
-        parts = [part for part, at in (device_map or {}).items() if at == gpu]
-        held = f" ({parts[gpu == 0]} to {parts[-1]})" if len(capacities) > 1 and parts else ""
-        print(f"memory     device {gpu}: {load / GIB:.1f} of {room / GIB:.1f} GiB{held}")
+def print_plan(plan: Plan, job: Job, training_args, longest: int) -> None:
+    """Print what each device needs and will use, what is computed twice, and a faster way."""
+    if not plan.capacities:
+        print("memory     not planned: the device map is your own")
+        return
+    held = held_modules(job, plan.device_map)
+    for gpu, (names, *sizes) in enumerate(zip(held, plan.needed, plan.used, plan.capacities)):
+        ends = (
+            f" ({names[0]} to {names[-1]})" if names and plan.device_map and len(held) > 1 else ""
+        )
+        needed, used, room = (size / GIB for size in sizes)
+        print(
+            f"memory     device {gpu}: needs {needed:.1f}, uses {used:.1f} of {room:.1f} GiB{ends}"
+        )
+    plain = plan.max_tokens_without_checkpointing
+    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
+    enough = plain >= max(plan.tokens_per_forward, longest)
+    print(f"recompute  {'nothing: memory suffices' if enough else which}")
+    if (gpus := len(plan.capacities)) > 1 and job.num_shards == 1:
+        steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
+        flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
+        small = not fits(shard_job(job, gpus), longest, None)
+        way = "too small to work at once" if small else f"at once: torchrun {flags}"
+        print(f"devices    work in turn; {way}")
 
 
-def print_torchrun(config, precision: Precision, capacities: list, longest: int, training_args):
-    """Say how all GPUs of one process could be used at once, for the same rows per step."""
-    gpus = len(capacities)
-    sharded = choose_precision(OLDEST[precision.compute], gpus, False)
-    each = place(config, longest, sharded, capacities, gpus)[1][0]
-    steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
-    flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
-    way = f"at once: torchrun {flags}"
-    if each > USABLE * min(capacities):
-        way = "too small to work at once"
-    print(f"devices    work in turn; {way} ({each / GIB:.1f} GiB each at least)")
+def shard_job(job: Job, num_shards: int) -> Job:
+    """Return the job for this many processes over GPUs like the smallest."""
+    return job._replace(num_shards=num_shards, capacities=[min(job.capacities)] * num_shards)
 
 
-def refuse_plan(config, args, precision: Precision, capacities: list, tokens: tuple, world: int):
-    """Raise UserError, with what would fit. `tokens`: of a micro-batch, and of the longest row."""
-    if precision.compute == "fp32":
+def check_plan(plan: Plan, job: Job, args, training_args, longest: int) -> None:
+    """Raise UserError where the plan cannot be carried out, with what would fit."""
+    tokens = max(plan.tokens_per_forward, longest)
+    if all(load <= USABLE * room for load, room in zip(plan.used, plan.capacities)):
+        plain = plan.max_tokens_without_checkpointing
+        if plan.capacities and plain < tokens and not training_args.gradient_checkpointing:
+            raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
+        gpus = {*plan.device_map.values()} if isinstance(plan.device_map, dict) else set()
+        if len(gpus) == 1 and plan.capacities and gpus != {0}:  # Trainer would move it to GPU 0
+            raise UserError(f"only GPU {(gpu := gpus.pop())} has room: CUDA_VISIBLE_DEVICES={gpu}")
+        return
+    if job.precision.compute_dtype == torch.float32:
         raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-    single, sharded = (choose_precision(OLDEST[precision.compute], n, False) for n in (1, 2))
-    ways = what_would_fit(config, *tokens, precision, sharded, capacities, world)
-    if (args.fp32 or world > 1) and fits(config, tokens[0], single, capacities):
-        ways.insert(0, "one process" + " without --fp32" * args.fp32)
+    halves = (tokens >> i for i in range(1, 14))
+    fewer = (n for n in halves if fits(job, n, make_device_map(job, n)))
+    ways = [
+        f"--{'tokens_per_forward' if n >= longest else 'max_len'} {n}"
+        for n in itertools.islice(fewer, 1)
+    ]
+    enough = (n for n in range(2, 65) if fits(shard_job(job, n), tokens, None))
+    ways += [f"torchrun --nproc_per_node {n}" for n in itertools.islice(enough, 1)]
+    default = choose_precision(MIN_CAPABILITY[job.precision.compute_dtype], False)
+    smaller = job._replace(precision=default)
+    if args.fp32 and fits(smaller, tokens, make_device_map(smaller, tokens)):
+        ways.insert(0, "no --fp32")
     reserve = f"too little memory ({1 - USABLE:.0%} of it stays free)"
     raise UserError(f"{reserve}; what would fit: {'; '.join(ways) or 'a smaller model'}")
 
 
 def plan_disk(config, precision: Precision, args, training_args) -> None:
     """Print what checkpoints and export take; raises UserError where the disk cannot hold them."""
-    weights, checkpoint = disk_bytes(config, precision)
+    parameters = count_parameters(config)["model"]
+    weights = parameters * precision.weights.itemsize
+    checkpoint = parameters * precision.bytes_per_parameter - weights  # no gradients
     kept = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 2) + 1
     folder = Path(training_args.output_dir).resolve()
     folder = next(place for place in (folder, *folder.parents) if place.exists())
@@ -400,17 +449,24 @@ def plan_steps(budget: int, training_args, lengths: np.ndarray, bin_rows) -> Non
     each = f"{min(rows, len(lengths))} rows, {passes} or so forward passes of {budget} tokens"
     print(f"steps      {steps} of {each}")
     if steps < FEW_STEPS:
-        print(f"{'':10} few to learn from: lower --gradient_accumulation_steps, or train longer")
+        print(f"{'':10} few to learn from: fewer rows per step, or more epochs, would make more")
 
 
-def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
-    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
+def plan_cost(job: Job, gpus: str | None, training_args, lengths: np.ndarray) -> None:
+    """Print the FLOPs of an epoch, and the hours it takes at TYPICAL_MFU of the GPUs' peak."""
+    flops = training_flops(job.config, count_parameters(job.config)["model"], lengths)
+    name = {torch.bfloat16: "A100", torch.float16: "V100"}.get(job.precision.compute_dtype, "CPU")
+    if training_args.device.type == "cuda" and not gpus:
+        name = torch.cuda.get_device_name()
+    hours, busy = "", training_args.world_size  # one process has its GPUs work in turn
+    if tflops := peak_tflops(name):
+        time = flops / (TYPICAL_MFU * tflops * 1e12 * busy) / 3600
+        hours = f", {time:.2g} h at {TYPICAL_MFU:.0%} of {busy} x {name}'s {tflops} TFLOP/s"
+    print(f"cost       {flops:.2g} FLOPs an epoch{hours}")
 
-    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
-    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
-    """
-    attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
-    return 6 * num_parameters * lengths.sum() + attention.sum()
+
+def peak_tflops(gpu: str) -> float | None:
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
 
 
 def rows_per_step(training_args) -> int:

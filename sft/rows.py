@@ -251,3 +251,7 @@ def print_data(split: str, path: Path, counts: dict) -> None:
     print(f"{'':10} {c['answer_tokens_read']} answer tokens = {' + '.join(tokens)}")
     if counts["control_tokens"]:
         print(f"{'':10} {c['control_tokens']} control tokens spelled in texts stay plain text")
+
+
+def row_place(row: dict) -> str:
+    return f"train:{row['line']}"

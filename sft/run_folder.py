@@ -1,147 +1,326 @@
-"""The folder of a run: its record and what a resume compares, whole checkpoints, logs, signals."""
+"""What a run keeps on disk: its lock and record, whole checkpoints, logs, the exported model.
 
+In output_dir only names like OWN are ever replaced or deleted, and only if run.json is a run's.
+"""
+
+import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
-import signal
+import socket
 import subprocess
-from contextlib import suppress
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from sft.memory_plan import Precision, rows_per_step
 from sft.rows import UserError, as_user_error, say
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
+ASIDE, MANIFEST, LOCK = "unfinished-save", "manifest.json", ".sft_qwen2.lock"
+OWN = re.compile(
+    rf"{ASIDE}|run\.json|metrics\.jsonl|rejected\.jsonl|loss\.png|checkpoint-\d+|chat_template\.jinja"
+    r"|((generation_|tokenizer_)?config|tokenizer)\.json|model.*\.safetensors(\.index\.json)?"
+)
+# Arguments that may differ when a run is resumed: they change neither the rows (whose digests are
+# compared, as is the number of rows in a step) nor, beyond the rounding of sums, what is learnt.
+FREE = re.compile(
+    r"output_dir|data_path|skip_bad_rows|tokens_per_forward|device_map|resume|dry_run|gpus|optim"
+    r"|per_device_\w+|gradient_accumulation_steps|(gradient|activation)_checkpointing\w*|use_cpu"
+    r"|logging_\w+|log_\w+|disable_tqdm|report_to|run_name|project|do_\w+|skip_memory_metrics"
+    r"|save_(strategy|steps|total_limit)|ddp_\w+|local_rank|torch_empty_cache_steps"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|\w+_context)"
+)
 
 
+# ---- Files that are whole or not there ----------------------------------------------------------
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it is the old or the new one."""
     aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
 
 
-def open_run(args, training_args, precision: Precision, counts: dict, data_sha256: str):
-    """Return the path of the checkpoint to resume from, or None; write output_dir/run.json.
+def describe_files(folder: Path) -> dict[str, list]:
+    """Return {name: [bytes, SHA-256]} of a folder's files, all of which are then on disk."""
 
-    Raises UserError where a run would be overwritten, or continued on other terms.
+    def describe(path: Path) -> list:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    paths.pop(MANIFEST, None)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(paths, pool.map(describe, paths.values())))
+
+
+def whole_checkpoints(output_dir) -> list[Path]:
+    """Return the checkpoints that have a manifest, the last one last."""
+    found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{MANIFEST}")]
+    found = [path for path in found if OWN.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def saved_so_far(output_dir) -> str:
+    """Return in words what --resume would go on from."""
+    names = [path.name for path in whole_checkpoints(output_dir)] or ["nothing"]
+    return f"{names[-1]} is saved; --resume goes on from there"
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise UserError unless the checkpoint's files are those that were saved."""
+    remedy = f"put it back as it was, or remove {folder} to go on from the one before"
+    with as_user_error((OSError, ValueError, TypeError), f"{folder}: is not whole; {remedy}"):
+        saved = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        found = describe_files(folder)
+    if wrong := sorted(x for x in saved | found if saved.get(x) != found.get(x)):
+        raise UserError(f"{folder}: not as it was saved: {', '.join(wrong)}; {remedy}")
+
+
+# ---- The record, and what a resume compares -----------------------------------------------------
+def digest_rows(rows) -> str:
+    """Return the SHA-256 of all rows' input_ids and labels, in their order."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(1000):
+        for row in zip(batch["input_ids"], batch["labels"]):
+            digest.update(np.stack(row).astype(np.int32).tobytes() + b"end of row")
+    return digest.hexdigest()
+
+
+def resume_terms(args, training_args, precision: Precision, rows: dict) -> dict:
+    """Return all that decides what is learnt, rows' digests included, as JSON would return it."""
+    values = vars(args) | training_args.to_dict()
+    terms = {name: value for name, value in values.items() if not FREE.fullmatch(name)}
+    terms |= {"rows_per_step": rows_per_step(training_args), "optim": precision.optim}
+    terms |= {"weights": str(precision.weights)}
+    terms |= {f"{split}_rows_sha256": digest_rows(table) for split, table in rows.items()}
+    return json.loads(json.dumps(terms, default=str))
+
+
+def differences(old: dict, new: dict, word: str) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r}, {word} {new.get(name)!r}" for name in names)
+
+
+def compare_processes(settings: dict, world_size: int) -> None:
+    """Raise UserError where a process was given other rows or arguments than the first."""
+    every = [settings] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(every, settings)
+    for rank, other in enumerate(every):
+        if found := differences(every[0], other, f"in process {rank}"):
+            raise UserError(f"the processes must be given the same: {found}")
+
+
+def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = True) -> str | None:
+    """Return the path of the checkpoint to resume from, or None where a run begins.
+
+    Raises UserError where something would be overwritten, continued on other terms, or is damaged.
+    `check`: whether to read and compare all of the checkpoint's files.
     """
-    output_dir = Path(training_args.output_dir)
-    record, metrics = output_dir / "run.json", output_dir / "metrics.jsonl"
-    settings, terms = training_args.to_dict(), {"rows_per_step": rows_per_step(training_args)}
-    names = ("model_name_or_path", "system_prompt", "max_len", "overflow_strategy")
-    terms |= {name: getattr(args, name) for name in names}
-    names = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
-    terms |= {name: settings[name] for name in names}
-    terms |= {"train_file_sha256": data_sha256, "weights": str(precision.weights)}
-    terms |= {"optim": precision.optim, "sharded": bool(training_args.fsdp)}
-    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if not args.resume and (checkpoint or (output_dir / "config.json").exists()):
-        raise UserError(f"{output_dir} holds a run: --resume continues it, --output_dir leaves it")
-    if checkpoint:
-        remedy = "put it back, or choose another --output_dir"
-        with as_user_error((OSError, ValueError, KeyError), f"{record}: cannot be read; {remedy}"):
-            old = json.loads(record.read_text(encoding="utf-8"))["terms"]
-            changes = [f"{k} was {old[k]!r} and is {v!r}" for k, v in terms.items() if old[k] != v]
-        if changes:
-            raise UserError(f"{output_dir} cannot be resumed: {'; '.join(changes)}")
-    if args.resume:
-        print(f"resume     from {checkpoint or 'the beginning: no checkpoint was saved yet'}")
-    # Without a shell, a machine that has no git would be an error.
-    options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    about = {
-        "terms": terms,
-        "counts": counts,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "arguments": vars(args),
-        "training_arguments": settings,
-        "git": subprocess.run("git describe --always --dirty", **options).stdout.strip(),
-    }
+    names = [p.name for p in output_dir.iterdir()] if output_dir.is_dir() else []
+    names = sorted(filter(OWN.fullmatch, names))
+    steps = [int(name.partition("-")[2]) for name in names if name.startswith("checkpoint-")]
+    last = output_dir / f"checkpoint-{max(steps, default=0)}"
+    if names:
+        about = f"{output_dir} holds {names[0]} and no whole run.json: it is no run's folder, or"
+        about += " a damaged one; choose another --output_dir"
+        with as_user_error((OSError, ValueError, KeyError, TypeError), about):
+            old = dict(json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["terms"])
+        if not resume and (steps or "config.json" in names):
+            raise UserError(
+                f"{output_dir} holds a run: --resume continues it, --output_dir leaves it"
+            )
+        if resume and (changes := differences(old, terms, "now")):
+            raise UserError(f"{output_dir} cannot be resumed on other terms: {changes}")
+        if not steps and "config.json" in names:
+            raise UserError(f"{output_dir} holds a model, but no checkpoint to resume from")
+    if steps and check:
+        check_checkpoint(last)
+        state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+        if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
+            check_checkpoint(output_dir / Path(best).name)
+    return str(last) if steps else None
+
+
+@contextmanager
+def lock_folder(output_dir: Path):
+    """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
+    import fcntl  # not on Windows
+
     output_dir.mkdir(parents=True, exist_ok=True)
-    if training_args.should_save:  # one process for all
-        shutil.rmtree(output_dir / "unfinished", ignore_errors=True)  # a save that was killed
-        if metrics.exists():  # what was logged after the checkpoint will be logged again
-            step = int(checkpoint.rpartition("-")[2]) if checkpoint else -1
-            lines = [x for x in metrics.read_text().splitlines(True) if x.endswith("}\n")]
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(metrics, "".join(lines))
-        replace_text(record, json.dumps(about, indent=2, ensure_ascii=False))
-    return checkpoint
-
-
-def start_wandb(training_args) -> None:
-    """Start wandb, offline where there is no login or no answer: it must neither ask nor wait."""
-    if "wandb" not in training_args.report_to or training_args.process_index > 0:
-        return
-    import wandb
-
-    wanted = os.environ.get("WANDB_MODE")
-    with suppress(Exception):  # what stands for a key is none
-        wanted = wanted or ("online" if wandb.login(prompt=False, verify=False) else None)
-    options = {"name": training_args.run_name, "dir": training_args.output_dir}
-    options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
-    options["settings"] = wandb.Settings(init_timeout=30, silent=True)
-    for mode in dict.fromkeys((wanted or "offline", "offline")):
+    with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
+        file.seek(0)
         try:
-            wandb.init(mode=mode, **options)
-            break
-        except Exception as error:  # whatever it is, it must not cost the run
-            print(f"wandb      not {mode}: {error}")
-    else:  # or Trainer would start it once more, and raise
-        training_args.report_to.remove("wandb")
-    if wandb.run and wandb.run.offline:
-        print(f"wandb      records offline; to upload: wandb sync {Path(wandb.run.dir).parent}")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{output_dir} is in use by {file.read()}; wait or stop it") from error
+        except OSError as error:
+            say(
+                f"{output_dir} cannot be locked, see that no other run uses it: {error}", sys.stderr
+            )
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield
 
 
-def draw_losses(output_dir: Path) -> None:
-    """Draw the losses of metrics.jsonl as loss.png, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    logs = list(map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines()))
-    for name, style in (("loss", "-"), ("eval_loss", "o")):
-        if points := [(log["step"], log[name]) for log in logs if name in log]:
-            axes.plot(*zip(*points), style, label=name)
-    axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
-    axes.legend()
-    figure.savefig(output_dir / "loss.png")
-    print(f"losses     {output_dir / 'loss.png'}")
+@contextmanager
+def open_run(args, training_args, terms: dict, counts: dict):
+    """A context: the run's folder is locked, checked and its record written.
+
+    Yields the path of the checkpoint to resume from, or None; raises UserError.
+    """
+    output_dir, writes = Path(training_args.output_dir), training_args.should_save
+    settings = vars(args) | training_args.to_dict()
+    with lock_folder(output_dir) if writes else nullcontext():
+        checkpoint = find_checkpoint(output_dir, terms, args.resume, check=writes)
+        own = ("local_rank", "output_dir", "data_path", "model_name_or_path")  # a machine's
+        shared = {name: str(x) for name, x in settings.items() if name not in own}
+        compare_processes(shared | terms, training_args.world_size)
+        if args.resume:
+            print(f"resume     from {checkpoint or 'the beginning: no checkpoint was saved yet'}")
+        if writes:
+            shutil.rmtree(output_dir / ASIDE, ignore_errors=True)  # a save that was killed
+            # Without a shell, a machine that has no git would be an error.
+            options = {"shell": True, "cwd": Path(__file__).parent, "text": True}
+            git = subprocess.run("git describe --always --dirty", capture_output=True, **options)
+            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            about = {"terms": terms, "counts": counts, "versions": versions}
+            about |= {"settings": settings, "git": git.stdout.strip()}
+            text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
+            replace_text(output_dir / "run.json", text)
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no checkpoint runs code
+        yield checkpoint
 
 
-def train(trainer, checkpoint: str | None) -> int:
-    """Train to the end and return 0, or to a SIGINT or SIGTERM, save, and return its number."""
+# ---- What Trainer saves -------------------------------------------------------------------------
+class WholeCheckpoints:
+    """Mixin for transformers.Trainer: a checkpoint is whole or not there, a model is finite."""
 
-    def stop(number, frame):
-        trainer.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-        name = signal.Signals(number).name
-        say(f"{name}: saving after this step; a second one stops unsaved")
+    def _get_output_dir(self, trial=None) -> str:
+        """Return where Trainer may write, and delete what it takes for old: aside."""
+        return os.path.join(self.args.output_dir, ASIDE)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
-    try:  # training_step recovers by itself, as far as fewer tokens per forward pass can help
-        with as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if trainer.bar is not None:
-            trainer.bar.close()
-            transformers.utils.logging.enable_progress_bar()
-    if number := trainer.agreed_signal():
-        step = trainer.state.global_step
-        saved = Path(trainer.args.output_dir, f"checkpoint-{step}")
-        if not saved.exists():
-            trainer._save_checkpoint(trainer.model)
-        where = "is saved; --resume continues from there" if saved.exists() else "is not saved"
-        if trainer.is_world_process_zero():
-            print(f"stopped    after step {step}, which {where}")
-    return number
+    def check_weights(self) -> None:
+        """Raise UserError where a weight is not finite: nothing of such a model is kept."""
+        norm = torch.nn.utils.get_total_norm([x.detach() for x in self.model.parameters()])
+        norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"after step {self.state.global_step} weights are infinite or NaN: not saved, not "
+                f"exported; {saved_so_far(self.args.output_dir)}, or lower --learning_rate"
+            )
+
+    def fails(self, action) -> bool:
+        """Run it; return whether it failed in any process. Training can go on without it."""
+        error = None
+        try:
+            action()
+        except Exception as caught:  # each library has its own for a full disk
+            error, name = caught, f"checkpoint-{self.state.global_step}"
+            say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
+        failed = torch.tensor(float(error is not None), device=self.args.device)
+        return bool(self.accelerator.reduce(failed) > 0)  # when all have done their part
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Save a checkpoint aside, and rename it once it is on disk with its manifest."""
+        self.check_weights()
+        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        best = self.state.best_model_checkpoint
+        failed = self.fails(partial(super()._save_checkpoint, model, trial))
+        if self.state.best_model_checkpoint != best:  # it is this one, still aside
+            self.state.best_model_checkpoint = str(final)
+        if failed or self.fails(partial(self.finish_save, final)):
+            self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            shutil.rmtree(self._get_output_dir(), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def finish_save(self, final: Path) -> None:
+        if not self.args.should_save:
+            return
+        saved = Path(self._get_output_dir(), final.name)
+        self.state.save_to_json(str(saved / "trainer_state.json"))  # now with the best one's place
+        replace_text(saved / MANIFEST, json.dumps(describe_files(saved), indent=1))
+        if not final.exists():  # saved twice: on a signal, and at the end of an epoch
+            os.replace(saved, final)
+        whole = whole_checkpoints(self.args.output_dir)
+        kept = {final, Path(self.state.best_model_checkpoint or final)}
+        surplus = len(whole) - max(self.args.save_total_limit or len(whole), len(kept))
+        for old in [path for path in whole if path not in kept][: max(surplus, 0)]:
+            os.replace(old, saved.with_name(old.name))  # half deleted, it would look damaged
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if state_dict and self.model.config.tie_word_embeddings:
+            state_dict.pop("lm_head.weight")  # FSDP's second copy of the embedding
+        super()._save(output_dir, state_dict)
+        Path(output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle nobody needs
+
+    def export(self, dtype: torch.dtype, end_token: str) -> None:
+        """Write an ordinary model folder to output_dir: aside, then renamed, config.json last.
+
+        The weights are rounded to dtype; generation stops at end_token. Raises UserError.
+        """
+        self.check_weights()
+        output_dir, aside = Path(self.args.output_dir), Path(self._get_output_dir())
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        tokenizer.eos_token = end_token
+        model.config.eos_token_id = end = tokenizer.convert_tokens_to_ids(end_token)
+        others = model.generation_config.eos_token_id or []
+        others = others if isinstance(others, list) else [others]
+        model.generation_config.eos_token_id = [end, *(x for x in others if x != end)]
+        weights = self.accelerator.get_state_dict(self.model)  # whole, where they are sharded
+        if not self.args.should_save:
+            return
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        failure = f"{output_dir}: the model is not written; make room, then --resume"
+        with as_user_error(Exception, failure):  # each library has its own for a full disk
+            weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+            model.save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            add_old_names(aside, dtype)
+            for name in sorted(describe_files(aside), key="config.json".__eq__):
+                os.chmod(aside / name, (aside / "config.json").stat().st_mode)
+                os.replace(aside / name, output_dir / name)
+            aside.rmdir()
+
+
+def add_old_names(folder: Path, dtype: torch.dtype) -> None:
+    """Add to a model folder's files the names under which transformers 4 looks for the same."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope, dtype = config["rope_parameters"], str(dtype).removeprefix("torch.")
+    config |= {"rope_theta": rope["rope_theta"], "dtype": dtype, "torch_dtype": dtype}
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # is no list in 4
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def check_loading(loaded: dict, name_or_path: str) -> None:
+    """Raise UserError where from_pretrained's loading info shows weights not as the model's.
+
+    What is missing or of another shape would train from random numbers, without a word.
+    """
+    kinds = {"missing": loaded["missing_keys"], "unexpected": loaded["unexpected_keys"]}
+    kinds |= {"of another shape": {key for key, *_ in loaded["mismatched_keys"]}}
+    names = [f"{key} is {kind}" for kind, keys in kinds.items() for key in sorted(keys)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{name_or_path}: {', '.join(names[:3])}{more}: not the weights of its config"
+        )

@@ -30,6 +30,7 @@ import torch
 import transformers
 
 import sft_qwen2
+from sft import arguments
 
 
 def free_port() -> int:
@@ -39,8 +40,10 @@ def free_port() -> int:
 
 
 def shard_on_cpu(compute: str) -> None:
+    """Let the script take this CPU for a GPU of this number format, and shard over it."""
     create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
     choose_precision = sft_qwen2.choose_precision
+    capability = {"bf16": (8, 0), "fp16": (7, 0), "fp32": None}[compute]
 
     def create(trainer):
         kinds = accelerate.state.DistributedType
@@ -48,8 +51,11 @@ def shard_on_cpu(compute: str) -> None:
         create_accelerator(trainer)
         assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
 
+    defaults = {"use_cpu": True, "ddp_backend": "gloo"}
+    defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG}
+    arguments.process_defaults = lambda use_cpu: defaults
     transformers.Trainer.create_accelerator_and_postprocess = create
-    sft_qwen2.choose_precision = lambda *args: choose_precision(*args)._replace(compute=compute)
+    sft_qwen2.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
 
 
 def count_encoded(path: Path) -> None:

@@ -20,7 +20,6 @@ import sft_qwen2
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ROWS = 10, 8  # rows of an optimizer step, of all processes together
-FSDP = ["--fsdp", "--fsdp_config", json.dumps(sft_qwen2.FSDP_CONFIG)]
 
 
 def flags(output_dir: Path, model: Path, world: int, **more) -> list[str]:
@@ -43,7 +42,7 @@ def flags(output_dir: Path, model: Path, world: int, **more) -> list[str]:
 def make_job(folder: Path, model: Path, world: int, sharded: bool = False, **more) -> dict:
     folder.mkdir(exist_ok=True)
     job = {key: more.pop(key) for key in ("compute", "free") if key in more}
-    argv = flags(folder / "outputs", model, world, **more) + FSDP * sharded
+    argv = flags(folder / "outputs", model, world, **more)
     return {"world": world, "argv": argv, "folder": str(folder), "sharded": sharded, **job}
 
 

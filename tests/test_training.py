@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import transformers
 from conftest import ROOT
 
-from sft_qwen2 import IGNORE_INDEX, encode, load_tokenizer, parse_row
+from sft.rows import IGNORE_INDEX, parse_row, read_rows
+from sft_qwen2 import encode, load_tokenizer
 
 # 230 rows at 64 a step: three full steps and a rest of 38, twice.
 FLAGS = {
@@ -96,12 +98,12 @@ def test_a_plain_loop_gives_the_same_losses(runs, untied_model_dir):
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.003}, {"params": others, "weight_decay": 0.0}]
     optimizer, num_steps = torch.optim.AdamW(groups, lr=0.0), len(run.steps)
-    num_rates = num_steps + 1  # the first one, zero, is left out
-    warmup = math.ceil(0.03 * num_rates)
+    warmup = math.ceil(0.03 * num_steps)
     losses, norms = [], []
-    for step, rows in enumerate(run.steps):
-        share = (step + 1 - warmup) / (num_rates - warmup)
-        rate = (step + 1) / warmup if step + 1 < warmup else 0.5 * (1 + math.cos(math.pi * share))
+    for step, rows in enumerate(run.steps, 1):
+        at = min(step, num_steps - 0.5)  # the schedule's end, 0, is left out
+        share = (at - warmup) / (num_steps - warmup)
+        rate = step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = FLAGS["learning_rate"] * rate
         labels = [torch.tensor(row["labels"][: FLAGS["max_len"]]) for row in rows]
@@ -146,7 +148,7 @@ def test_eval_loss_is_the_mean_over_all_answer_tokens(runs, data, untied_model_d
         with torch.no_grad():
             losses = torch.cat([token_losses(model, row, FLAGS["max_len"]) for row in rows])
         assert expected == pytest.approx(losses.mean().item(), rel=1e-5)
-    assert f"{evals[0]:.4f}" in run.out and f"{evals[-1]:.4f}" in run.out
+    assert re.findall("'eval_loss': '([^']*)'", run.out) == [f"{x:.4g}" for x in evals]
 
 
 def test_metrics_are_written(runs):
@@ -162,7 +164,20 @@ def test_an_epoch_may_be_logged_as_one(train, untied_model_dir, data, tmp_path):
     flags = {**FLAGS, "num_train_epochs": 1, "logging_strategy": "epoch", "eval_strategy": "steps"}
     run = train(untied_model_dir, data, tmp_path / "outputs", **flags)
     (log,) = [metrics for metrics in read_metrics(run) if "loss" in metrics]
-    assert log["tokens_per_s"] > 0 and log["seconds_left"] == 0
+    assert log["tokens_per_s"] > log["trained_tokens_per_s"] > 0
+
+
+def test_the_warm_up_is_a_share_of_the_steps_of_the_run(
+    train, untied_model_dir, write_rows, tmp_path
+):
+    """The rates that the walk-through's log shows for 93 steps; none is 0."""
+    rows = write_rows([{"query": f"{i} + {i} = ?", "answer": str(2 * i)} for i in range(93)])
+    flags = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_len": 128}
+    run = train(untied_model_dir, rows, tmp_path / "outputs", save_strategy="no", **flags)
+    rates = [log["learning_rate"] for log in run.trainer.state.log_history if "loss" in log]
+    shown = [float(f"{rate:.6g}") for rate in rates]
+    assert shown[:5] == [3.33333e-06, 6.66667e-06, 1e-05, 9.99695e-06, 9.98782e-06]
+    assert len(rates) == 93 and 0 < min(rates) == rates[-1]
 
 
 @pytest.mark.parametrize("kind", ["constant", "reduce_lr_on_plateau"])
@@ -218,8 +233,8 @@ def test_the_export_is_served_as_it_was_trained(train, tiny_model_dir, write_row
     run = train(tiny_model_dir, rows, output_dir, system_prompt=system_prompt, **flags)
     tokenizer = load_tokenizer(str(tiny_model_dir), system_prompt)
     ids = torch.tensor([encode(parse_row(OVERFIT[0], system_prompt), tokenizer)["input_ids"]])
-    with torch.no_grad():
-        logits = run.trainer.model.eval()(ids).logits.float()
+    with torch.no_grad():  # in the format of the base model's files, which is the export's
+        logits = run.trainer.model.bfloat16().eval()(ids).logits.float()
     torch.save({"input_ids": ids, "logits": logits}, tmp_path / "reference.pt")
     queries = json.dumps([row["query"] for row in OVERFIT])
     argv = [sys.executable, "-c", SERVE, output_dir, tmp_path / "reference.pt", queries]

@@ -1,0 +1,184 @@
+"""What happens around the steps: signals, logs, wandb, a console that goes away."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+
+import torch
+import transformers
+
+from sft.rows import say
+from sft.run_folder import replace_text, saved_so_far
+
+
+# ---- The console --------------------------------------------------------------------------------
+class Console:
+    """A text stream whose writing never fails: a run outlives the pipe or disk that it logs to."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
+@contextmanager
+def lasting_console():
+    """Let stdout and stderr be Consoles, for as long as the context lasts."""
+    streams = (sys.stdout, sys.stderr)
+    with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+        yield
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:  # or Python would try it once more at its exit, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# ---- Callbacks ----------------------------------------------------------------------------------
+class StopOnSignal(transformers.TrainerCallback):
+    """While its context lasts, a SIGINT, SIGTERM or SIGHUP to any process saves and ends training.
+
+    Then `number` is the signal's in all processes, after the same step; else it is 0.
+    """
+
+    def __init__(self):
+        self.number, self.since, self.before = 0, 0.0, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                self.before[number] = signal.signal(number, self.stop)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number, frame) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            name = signal.Signals(number).name
+            say(f"{name}: saving after this step; a second one stops at once, unsaved")
+        elif time.monotonic() > self.since + 1:  # torchrun repeats what the terminal sent to all
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def agree(self, args) -> int:
+        """Return the signal that any process got, or 0."""
+        if args.world_size > 1:
+            number = torch.tensor(self.number, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.number = int(number)
+        return self.number
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.agree(args):
+            control.should_save = control.should_training_stop = True
+
+
+class MetricsLog(transformers.TrainerCallback):
+    """Keeps output_dir/metrics.jsonl equal to the log history, which checkpoints keep as well."""
+
+    def __init__(self):
+        self.written = 0  # entries; 0: the file is to be written anew
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.written = 0
+        self.on_log(args, state, control)
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        path, new = Path(args.output_dir, "metrics.jsonl"), state.log_history[self.written :]
+        text = "".join(json.dumps(log) + "\n" for log in new)
+        try:
+            if self.written:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(text)
+            else:
+                replace_text(path, text)
+            self.written = len(state.log_history)
+        except OSError as error:  # a full disk; the next time there may be room for all
+            self.written = 0
+            say(f"metrics.jsonl lacks step {state.global_step}: {error}", sys.stderr)
+
+
+def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
+    """Train to the end and return 0, or until a signal, save, and return its number."""
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        number = stop.agree(trainer.args)
+    if number and trainer.is_world_process_zero():
+        step, saved = trainer.state.global_step, saved_so_far(trainer.args.output_dir)
+        print(f"stopped    after step {step}; {saved}")
+    return number
+
+
+# ---- wandb ---------------------------------------------------------------------------------------
+def start_wandb(training_args) -> None:
+    """Start wandb, offline where there is no login or no answer: it must neither ask nor wait."""
+    if "wandb" not in training_args.report_to or training_args.process_index > 0:
+        return
+    import wandb
+
+    wanted = os.environ.get("WANDB_MODE")
+    with suppress(Exception):  # what stands for a key is none
+        wanted = wanted or ("online" if wandb.login(prompt=False, verify=False) else None)
+    options = {"name": training_args.run_name, "dir": training_args.output_dir}
+    options["project"] = os.environ.get("WANDB_PROJECT", "huggingface")
+    options["settings"] = wandb.Settings(init_timeout=30, silent=True)
+    for mode in dict.fromkeys((wanted or "offline", "offline")):
+        try:
+            wandb.init(mode=mode, **options)
+            break
+        except Exception as error:  # whatever it is, it must not cost the run
+            print(f"wandb      not {mode}: {error}")
+    else:  # or Trainer would start it once more, and raise
+        training_args.report_to.remove("wandb")
+    if wandb.run and wandb.run.offline:
+        print(f"wandb      records offline; to upload: wandb sync {Path(wandb.run.dir).parent}")
+
+
+def finish_wandb(wait_s: float = 60) -> None:
+    """Let wandb send what it has, but wait no longer: its server may be gone."""
+    wandb = sys.modules.get("wandb")
+    if not (wandb and wandb.run):
+        return
+    folder = Path(wandb.run.dir).parent
+    thread = threading.Thread(target=wandb.finish, daemon=True)
+    thread.start()
+    thread.join(wait_s)
+    if thread.is_alive():
+        print(f"wandb      no answer in {wait_s:.0f} s; to upload: wandb sync {folder}")
+
+
+def draw_losses(log_history: list[dict], path: Path) -> None:
+    """Draw the losses that were logged, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("loss", "-"), ("eval_loss", "o")):
+        if points := [(log["step"], log[name]) for log in log_history if name in log]:
+            axes.plot(*zip(*points), style, label=name)
+    axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
+    axes.legend()
+    figure.savefig(path)
+    print(f"losses     {path}")
