@@ -1,13 +1,21 @@
-"""sft/numerics.py against fp64, against PyTorch's own, and through saving and loading."""
+"""sft/numerics.py against fp64, against PyTorch's own, and through saving and loading.
+
+Where there is a GPU: python -m pytest --noconftest -m gpu tests/test_numerics.py
+(conftest.py hides GPUs from the other tests).
+"""
 
 import io
+import json
 import os
 import sysconfig
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
+import sft_qwen2
 from sft import numerics
 from sft.numerics import BLOCK, adamw_8bit_class, check_compiler, cross_entropy_sum
 
@@ -49,7 +57,7 @@ def differentiate(function, hidden, head, targets, scale=1.0):
 
 
 def relative(found, wanted) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found.detach() - wanted.detach()).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -250,3 +258,106 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path, device, variable, na
     assert check_compiler(device) is None
     monkeypatch.setattr(sysconfig, "get_path", lambda *args: str(tmp_path))
     assert check_compiler(device).endswith(f": {tmp_path}/Python.h (of python3-dev)")
+
+
+# ---- What each device computes in its own way ---------------------------------------------------
+NO_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU, or it is hidden"
+)
+GPU = [pytest.mark.gpu, NO_GPU]
+CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def hold(name: str, error: float, limit: float) -> None:
+    """Assert it, and print it for benchmarks/gpu.py."""
+    print("\nRESULT " + json.dumps({"name": name, "error": error, "limit": limit}))
+    assert error <= limit
+
+
+def exact_attention(qkv, seq_lens):
+    """Return causal attention [1, T, H, D] inside each row, in fp64."""
+    outputs = []
+    for q, k, v in zip(*(x[0].double().split(seq_lens, dim=1) for x in qkv)):
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+        future = torch.ones(2 * q.shape[1:2], dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)[None]
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_attention_on_device(device, dtype):
+    """On Ampere, in half precision, by varlen_attn; elsewhere row by row."""
+    seq_lens = [1, 37, 200, 64]
+    bounds = torch.tensor([0, *np.cumsum(seq_lens)], dtype=torch.int32, device=device)
+    bounds = {"seq_lens": seq_lens, "cu_seq_lens": bounds, "scaling": 64**-0.5}
+    options = {"dtype": dtype, "device": device, "requires_grad": True}
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, heads, sum(seq_lens), 64, **options) for heads in (6, 2, 2)]
+    found = sft_qwen2.row_attention(None, *qkv, None, **bounds)[0]
+    wanted = exact_attention(qkv, seq_lens)
+    hold(f"attention, {dtype}, {device}", relative(found.double(), wanted), ERRORS[dtype])
+    gradient = torch.randn_like(found)
+    pairs = zip(*(torch.autograd.grad(x, qkv, gradient.to(x.dtype)) for x in (found, wanted)))
+    error = max(relative(*pair) for pair in pairs)
+    hold(f"attention's gradients, {dtype}, {device}", error, ERRORS[dtype])
+    last = torch.tensor(sum(seq_lens[:3]) - 1, device=device)  # of the third row
+    changed = [x.detach().index_fill(2, last, 9.0) for x in qkv]
+    other = sft_qwen2.row_attention(None, *changed, None, **bounds)[0]
+    assert (other != found).flatten(2).any(-1).nonzero().tolist() == [[0, int(last)]]
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_loss_on_device(device, dtype):
+    *inputs, _ = (x.to(device) for x in make_inputs(dtype))
+    scale = 1 / 1024 if dtype != torch.float16 else 64.0
+    loss, *found = differentiate(cross_entropy_sum, *inputs, scale)
+    exact_loss, *wanted = differentiate(exact_sum, *inputs, scale)
+    hold(f"loss, {dtype}, {device}", relative(loss.double(), exact_loss), ERRORS[dtype] / 10)
+    error = max(relative(*pair) for pair in zip(found, wanted))
+    hold(f"loss's gradients, {dtype}, {device}", error, ERRORS[dtype] / 2)
+
+
+@CPU_AND_GPU
+def test_model_on_device(device, tmp_path):
+    """Three rows in a micro-batch, as the device trains them, against one by one in fp64."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).save_pretrained(tmp_path)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = sft_qwen2.load_model(tmp_path, dtype).to(device)
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    plain = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, **options).double().to(device)
+    ids = [np.random.default_rng(n).integers(0, 2048, n) for n in (3, 90, 41)]
+    batch = sft_qwen2.flatten([{"input_ids": row, "labels": row} for row in ids])
+    batch |= {name: x.to(device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
+    loss, exact = model(**batch)["loss"], 0
+    for row in ids:
+        row = torch.tensor(row, device=device)
+        exact += cross_entropy(plain(row[None]).logits[0, :-1], row[1:], reduction="sum")
+    loss.backward()
+    exact.backward()
+    hold(f"model's loss, {dtype}, {device}", relative(loss.double(), exact), ERRORS[dtype])
+    pairs = zip(model.parameters(), plain.parameters())
+    error = max(relative(p.grad.double(), q.grad.double()) for p, q in pairs)
+    hold(f"model's gradients, {dtype}, {device}", error, 3 * ERRORS[dtype])
+
+
+@CPU_AND_GPU
+def test_an_update_below_the_last_bit_arrives_on_device(device):
+    """At a rate of 1e-5, over bf16 weights: all of it, in the mean. Plain rounding loses it."""
+    torch.manual_seed(0)
+    began = (0.02 * torch.randn(1024, 512, device=device)).bfloat16()
+    weights, exact = (torch.nn.Parameter(x) for x in (began.clone(), began.double()))
+    weights.grad = torch.randn_like(weights)
+    exact.grad = weights.grad.double()
+    options = {"lr": 1e-5, "weight_decay": 0.003}
+    adamw_8bit_class()([weights], seed=0, bf16_stochastic_round=True, **options).step()
+    torch.optim.AdamW([exact], **options).step()
+    moved, wanted = weights.detach().double() - began, exact.detach() - began
+    share = float((moved * wanted.sign()).sum() / wanted.abs().sum())
+    hold(f"update's share that is lost, {device}", abs(share - 1), 0.05)
