@@ -22,13 +22,11 @@ import contextlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import signal
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,38 +44,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
+from sft import answers, callbacks, memory_plan, model_folder, numerics, run_folder
 from sft.arguments import parse_arguments, with_optim
-from sft.callbacks import (
-    MetricsLog,
-    StopOnSignal,
-    draw_losses,
-    finish_wandb,
-    lasting_console,
-    start_wandb,
-    train,
-)
-from sft.memory_plan import (
-    GIB,
-    Job,
-    Plan,
-    check_devices,
-    check_plan,
-    choose_precision,
-    find_devices,
-    peak_tflops,
-    plan_cost,
-    plan_disk,
-    plan_memory,
-    plan_steps,
-    print_plan,
-    rows_per_step,
-    training_flops,
-)
-from sft.numerics import adamw_8bit_class, check_compiler, cross_entropy_sum, varlen_attention
+from sft.memory_plan import GIB, rows_per_step
 from sft.rows import (
     IGNORE_INDEX,
+    IM_END,
+    IM_START,
     UserError,
-    as_user_error,
     encode_file,
     find_data_files,
     fit_rows,
@@ -86,13 +60,8 @@ from sft.rows import (
     row_place,
     say,
 )
-from sft.run_folder import WholeCheckpoints, open_run, resume_terms, saved_so_far
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
-# Validation rows that are asked before and after training: the first with prompt and answer of at
-# most so many tokens; the first few of these are shown.
-NUM_QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS, NUM_SHOWN = 40, 1024, 48, 3
 
 
 # ---- Arguments ----------------------------------------------------------------------------------
@@ -288,7 +257,9 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast left them fp32
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if ampere and query.dtype in (torch.bfloat16, torch.float16):
-        return varlen_attention(query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]), None
+        return numerics.varlen_attention(
+            query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]
+        ), None
     if query.is_cuda and not ampere:  # their fused kernel wants a key and a value per query head
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -315,25 +286,8 @@ class AnswerLoss:
         shift_labels = shift_labels.to(head.device)
         trained = shift_labels != IGNORE_INDEX
         hidden = output.last_hidden_state.to(head.device)[trained]  # [N, hidden size]
-        loss_sum = cross_entropy_sum(hidden, head, shift_labels[trained])
+        loss_sum = numerics.cross_entropy_sum(hidden, head, shift_labels[trained])
         return {"loss": loss_sum / num_items_in_batch}
-
-
-def check_model(name_or_path: str, default: str, planned: bool):
-    """Return the model's config; raises UserError where the model cannot be trained here.
-
-    `planned`: whether there is a GPU, or only a plan is wanted.
-    """
-    if name_or_path == default and not planned:
-        raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
-    remedy = f"try hf download {default} --local-dir qwen2, then --model_name_or_path qwen2"
-    sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
-    with as_user_error((OSError, ValueError), sentence):
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if config.model_type != "qwen2" or config.use_sliding_window:
-        wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
-        raise UserError(f"{name_or_path}: is {config.model_type!r}, not {wanted}")
-    return config
 
 
 def model_class():
@@ -348,27 +302,6 @@ def model_class():
     return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
-    """Return the checkpoint as a model_class(), ready for training.
-
-    Raises UserError where a weight is missing, unknown, or of another shape than its config says.
-    """
-    with as_user_error((OSError, RuntimeError, ValueError), f"{name_or_path}: cannot be loaded"):
-        model, report = model_class().from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation="row_attention",
-            output_loading_info=True,
-            use_safetensors=True,  # other formats could run code
-        )
-    for problem, weights in report.items():
-        if weights:
-            names = ", ".join(sorted(map(str, weights))[:3])
-            raise UserError(f"{name_or_path}: {problem.replace('_', ' ')}: {names}; copy it anew")
-    return model
-
-
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
 class StepTrainer:
     """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
@@ -377,7 +310,9 @@ class StepTrainer:
     random rounding of bf16 weights.
     """
 
-    def __init__(self, model, args, plan: Plan, max_len: int, rows_per_step: int, **kwargs):
+    def __init__(
+        self, model, args, plan: memory_plan.Plan, max_len: int, rows_per_step: int, **kwargs
+    ):
         super().__init__(model, args, data_collator=list, **kwargs)
         self.max_len, self.rows_per_step = max_len, rows_per_step
         self.tokens_per_forward = plan.tokens_per_forward
@@ -438,7 +373,9 @@ class StepTrainer:
             raise self.broken_step(f"its loss is {step_loss}, {self.skipped_steps} steps skipped")
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         self.num_tokens += lengths.sum()
-        self.flops += training_flops(self.model.config, self.model.num_parameters(), lengths)
+        self.flops += memory_plan.training_flops(
+            self.model.config, self.model.num_parameters(), lengths
+        )
         return loss_sum
 
     def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
@@ -550,7 +487,7 @@ class StepTrainer:
             logs["tokens_per_s"] = round(self.num_tokens / seconds)
             logs["trained_tokens_per_s"] = round(self.num_trained_tokens / seconds)
             if self.args.device.type == "cuda":
-                if peak := peak_tflops(torch.cuda.get_device_name()):
+                if peak := memory_plan.peak_tflops(torch.cuda.get_device_name()):
                     logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
@@ -558,7 +495,7 @@ class StepTrainer:
         super().log(logs, start_time)
 
 
-def trainer_arguments(training_args, precision, rows: dict):
+def trainer_arguments(script_args, training_args, precision, rows: dict):
     """Return the TrainingArguments for Trainer, for which a step is one large batch."""
     rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
     args = replace(
@@ -568,7 +505,7 @@ def trainer_arguments(training_args, precision, rows: dict):
         bf16=precision.compute_dtype == torch.bfloat16 and not rounded,
         fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
-        eval_on_start="validation" in rows,
+        eval_on_start="validation" in rows and not script_args.resume,
         disable_tqdm=training_args.disable_tqdm or not sys.stderr.isatty(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
@@ -585,7 +522,7 @@ def build_trainer(
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
-    args = trainer_arguments(training_args, precision, rows)
+    args = trainer_arguments(script_args, training_args, precision, rows)
     optimizer = None  # Trainer's own of this name
     if precision.optim == "adamw_torch_8bit":
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
@@ -594,11 +531,13 @@ def build_trainer(
             "seed": args.seed * args.world_size + args.process_index,
         }
         options["bf16_stochastic_round"] = precision.weights == torch.bfloat16
-        optimizer = (adamw_8bit_class(), options)
-    callbacks = [MetricsLog(), stop_on_signal]
+        optimizer = (numerics.adamw_8bit_class(), options)
+    hooks = [callbacks.MetricsLog(), stop_on_signal]
     if script_args.early_stopping_patience:
-        callbacks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    trainer = type("SFTTrainer", (StepTrainer, WholeCheckpoints, transformers.Trainer), {})(
+        hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
+    trainer = type(
+        "SFTTrainer", (StepTrainer, run_folder.WholeCheckpoints, transformers.Trainer), {}
+    )(
         model,
         args,
         plan,
@@ -608,63 +547,14 @@ def build_trainer(
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=callbacks,
+        callbacks=hooks,
     )
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
     return trainer
 
 
-# ---- Answers to held-out questions, before and after --------------------------------------------
-def held_out_questions(rows) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids (prompt, answer) of the first validation rows with short ones.
-
-    A row begins with what generation is given, and its first answer ends with <|im_end|>.
-    """
-    questions = []
-    for row in itertools.islice(rows, 10 * NUM_QUESTIONS):
-        ids, trained = row["input_ids"], row["labels"] != IGNORE_INDEX
-        begin, end, *_ = [*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-        if begin <= QUESTION_TOKENS and end - begin <= ANSWER_TOKENS:
-            questions.append((ids[:begin].tolist(), ids[begin:end].tolist()))
-    return questions[:NUM_QUESTIONS]
-
-
-def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
-    """Return the model's greedy answers, each with the <|im_end|> that ends it, if it comes."""
-    if not questions:
-        return []
-    prompts = {"input_ids": [prompt for prompt, _ in questions]}
-    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
-    limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
-    outputs = model.eval().generate(**batch, **limit, do_sample=False)
-    texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
-    return [text.replace(tokenizer.pad_token, "") for text in texts]
-
-
-def print_answers(tokenizer, questions: list[tuple], before: list[str], after: list[str]) -> None:
-    """Print how many answers are those of the rows, and the first few."""
-    wanted = [tokenizer.decode(ids) for _, ids in questions]
-    for (prompt, _), old, new in list(zip(questions, before, after))[:NUM_SHOWN]:
-        asked = tokenizer.decode(prompt).split(f"{IM_START}user\n")[-1].split(IM_END)[0]
-        print(f"question   {asked!r}\n  before   {old!r}\n  after    {new!r}")
-    exact = [sum(map(str.__eq__, answers, wanted)) for answers in (before, after)]
-    print(f"exact      {exact[1]} of {len(wanted)} held-out answers (before: {exact[0]})")
-
-
 # ---- The run ------------------------------------------------------------------------------------
-def quiet_libraries() -> None:
-    """Leave the console to what the user must know; what fails still raises."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # Of kernels for other machines, and of each try to reach the hub.
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
-        transformers.utils.logging.disable_progress_bar()
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-
-
 def read_data(args, tokenizer) -> tuple[dict, dict]:
     """Return the rows of each split that can be trained on, and their counts; print both."""
     rows, counts = {}, {}
@@ -679,49 +569,46 @@ def read_data(args, tokenizer) -> tuple[dict, dict]:
 def make_plan(config, args, training_args, rows) -> tuple:
     """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
     lengths = rows["num_tokens"][:].clip(max=args.max_len)
-    capacities, capability = find_devices(args.gpus, training_args)
-    precision = with_optim(choose_precision(capability, args.fp32), args.chosen_optim)
+    capacities, capability = memory_plan.find_devices(args.gpus, training_args)
+    precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
     compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
     formats = f"{compute} over {weights} weights, {precision.optim}"
     print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
     # Processes on the CPU have all weights each.
     shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
-    job, longest = Job(config, precision, capacities, shards), int(lengths.max())
-    plan = plan_memory(job, args, training_args, longest)
-    print_plan(plan, job, training_args, longest)
-    check_plan(plan, job, args, training_args, longest)
-    plan_steps(plan.tokens_per_forward, training_args, lengths, bin_rows)
-    plan_cost(job, args.gpus, training_args, lengths)
-    plan_disk(config, precision, args, training_args)
+    job, longest = memory_plan.Job(config, precision, capacities, shards), int(lengths.max())
+    plan = memory_plan.plan_memory(job, args, training_args, longest)
+    memory_plan.print_plan(plan, job, args, training_args, lengths, bin_rows)
+    memory_plan.check_plan(plan, job, args, training_args, longest)
     return precision, plan
 
 
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, plan, train, export; return the exit code. Raises UserError."""
     if not args.gpus:
-        check_devices(training_args)
+        memory_plan.check_devices(training_args)
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
-    config = check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
+    config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
     rows, counts = read_data(args, tokenizer)
-    example = min(
-        rows["train"].select(range(min(100, len(rows["train"])))), key=lambda r: r["num_tokens"]
-    )
-    example = truncate(example, args.max_len)
-    print(f"example    {paint(example, tokenizer, sys.stdout.isatty())}", flush=True)
+    shortest = rows["train"][int(rows["train"]["num_tokens"][:].argmin())]
+    example = paint(truncate(shortest, args.max_len), tokenizer, sys.stdout.isatty())
+    print(f"example    {example}", flush=True)
     precision, plan = make_plan(config, args, training_args, rows["train"])
     if args.dry_run:
         return 0
     if precision.optim == "adamw_torch_8bit":
-        if lacking := check_compiler(training_args.device.type):
+        if lacking := numerics.check_compiler(training_args.device.type):
             raise UserError(lacking)
         print("compile    the optimizer at its first step, which takes a minute the first time")
-    terms = resume_terms(args, training_args, precision, rows)
-    with open_run(args, training_args, terms, counts) as checkpoint:
-        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
-        stop = StopOnSignal()
+    terms = run_folder.resume_terms(args, training_args, precision, rows)
+    folder = run_folder.open_run(args, training_args, terms, counts)
+    with folder as checkpoint, callbacks.wandb_run(training_args):
+        model = model_folder.load_model(
+            model_class(), args.model_name_or_path, precision.weights, plan.device_map
+        )
+        stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
-        start_wandb(training_args)
         return train_and_export(
             trainer, tokenizer, stop, checkpoint, config.dtype or precision.weights
         )
@@ -731,20 +618,23 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     """Train, evaluate, write the model; return the exit code."""
     output_dir, questions = Path(trainer.args.output_dir), []
     if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # there, 1 s a token
-        questions = held_out_questions(trainer.eval_dataset)
-    before = answer(trainer.model, tokenizer, questions)
-    if stop_signal := train(trainer, stop, checkpoint):
+        questions = answers.held_out_questions(trainer.eval_dataset)
+    before = answers.answer(trainer.model, tokenizer, questions)
+    if stop_signal := callbacks.train(trainer, stop, checkpoint):
         return 128 + stop_signal
     trainer.model.config.use_cache = True  # Trainer turned it off; what is served needs it
     trainer.export(dtype, IM_END)
-    if trainer.eval_dataset is not None:
+    evaluated = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
+    is_last = (
+        evaluated[-1:] == [trainer.state.global_step] and not trainer.args.load_best_model_at_end
+    )
+    if trainer.eval_dataset is not None and not is_last:
         trainer.evaluate()
     if questions:
-        after = answer(trainer.model, tokenizer, questions)
-        print_answers(tokenizer, questions, before, after)
+        after = answers.answer(trainer.model, tokenizer, questions)
+        answers.print_answers(tokenizer, questions, before, after)
     if trainer.is_world_process_zero():
-        draw_losses(trainer.state.log_history, output_dir / "loss.png")
-        finish_wandb()
+        callbacks.draw_losses(trainer.state.log_history, output_dir / "loss.png")
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0
@@ -752,13 +642,13 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
-    quiet_libraries()
+    callbacks.quiet_libraries()
     argv = sys.argv[1:] if argv is None else argv
     args, training_args = parse_arguments(argv, ScriptArguments, TRAINING_DEFAULTS)
     rank = training_args.process_index
     silence = contextlib.redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
     try:
-        with lasting_console(), silence:  # the first prints for all; each its own error
+        with callbacks.lasting_console(), silence:  # the first prints for all; each its own error
             code = run(args, training_args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -768,7 +658,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error{where}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped    {saved_so_far(training_args.output_dir)}", file=sys.stderr)
+        print(f"stopped    {run_folder.saved_so_far(training_args.output_dir)}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

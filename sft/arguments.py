@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -173,11 +174,11 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
         "device_map": read_device_map(values["device_map"]),
         "lr_scheduler_kwargs": read_schedule(schedule, kwargs),
         "report_to": json.loads(reporters) if reporters[:1] == "[" else reporters.split(","),
+        "disable_tqdm": values["disable_tqdm"] or not sys.stderr.isatty(),  # it would fill a file
     }
     if values["early_stopping_patience"]:  # it needs a best, and is to go on after a resume
-        values.update(
-            metric_for_best_model="eval_loss", restore_callback_states_from_checkpoint=True
-        )
+        values |= {"metric_for_best_model": "eval_loss"}
+        values |= {"restore_callback_states_from_checkpoint": True}
     return values | process_defaults(values["use_cpu"])
 
 

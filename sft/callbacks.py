@@ -1,22 +1,36 @@
 """What happens around the steps: signals, logs, wandb, a console that goes away."""
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
 import transformers
 
-from sft.rows import say
+from sft.rows import as_user_error, say
 from sft.run_folder import replace_text, saved_so_far
 
 
 # ---- The console --------------------------------------------------------------------------------
+def quiet_libraries() -> None:
+    """Leave the console to what the user must know; what fails still raises."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Of kernels for other machines, and of each try to reach the hub.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        transformers.utils.logging.disable_progress_bar()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
 class Console:
     """A text stream whose writing never fails: a run outlives the pipe or disk that it logs to."""
 
@@ -120,7 +134,8 @@ class MetricsLog(transformers.TrainerCallback):
 
 def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     """Train to the end and return 0, or until a signal, save, and return its number."""
-    with stop:
+    remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
+    with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
         trainer.train(resume_from_checkpoint=checkpoint)
         number = stop.agree(trainer.args)
     if number and trainer.is_world_process_zero():
@@ -130,9 +145,14 @@ def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
 
 
 # ---- wandb ---------------------------------------------------------------------------------------
-def start_wandb(training_args) -> None:
-    """Start wandb, offline where there is no login or no answer: it must neither ask nor wait."""
+@contextmanager
+def wandb_run(training_args, wait_s: float = 60):
+    """A context with wandb on, if it is to be: offline where there is no login or no answer.
+
+    It neither asks nor waits, and ends after at most wait_s: its server may be gone by then.
+    """
     if "wandb" not in training_args.report_to or training_args.process_index > 0:
+        yield
         return
     import wandb
 
@@ -150,21 +170,21 @@ def start_wandb(training_args) -> None:
             print(f"wandb      not {mode}: {error}")
     else:  # or Trainer would start it once more, and raise
         training_args.report_to.remove("wandb")
-    if wandb.run and wandb.run.offline:
-        print(f"wandb      records offline; to upload: wandb sync {Path(wandb.run.dir).parent}")
-
-
-def finish_wandb(wait_s: float = 60) -> None:
-    """Let wandb send what it has, but wait no longer: its server may be gone."""
-    wandb = sys.modules.get("wandb")
-    if not (wandb and wandb.run):
+        yield
         return
-    folder = Path(wandb.run.dir).parent
-    thread = threading.Thread(target=wandb.finish, daemon=True)
-    thread.start()
-    thread.join(wait_s)
-    if thread.is_alive():
-        print(f"wandb      no answer in {wait_s:.0f} s; to upload: wandb sync {folder}")
+    upload = f"to upload: wandb sync {Path(wandb.run.dir).parent}"
+    if wandb.run.offline:
+        print(f"wandb      records offline; {upload}")
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        finish = threading.Thread(target=wandb.finish, args=(exit_code,), daemon=True)
+        finish.start()
+        finish.join(wait_s)
+        if finish.is_alive():
+            print(f"wandb      no answer for {wait_s:.0f} s; {upload}")
 
 
 def draw_losses(log_history: list[dict], path: Path) -> None:

@@ -1,11 +1,9 @@
 """Number formats, what a training step needs of each GPU, and which GPU holds what: arithmetic.
 
-benchmarks/memory.py holds it against traced steps. Sizes are in bytes, `tokens` are those of a
-micro-batch, `capacities` the free bytes of each device.
+benchmarks/memory.py holds it against recorded steps. Sizes are in bytes.
 """
 
 import bisect
-import functools
 import itertools
 import math
 import os
@@ -24,19 +22,16 @@ GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*(:(bf16|fp16))?"  # 4x80: number x GB
 
 LOGIT_SIZE = {2: 8, 4: 4}  # of numbers of 2 bytes: one in fp32, and two casts
-USABLE = 0.95  # of a device's free memory; the rest is for kernels' workspaces, NCCL's, and gaps
-USABLE_WITHOUT_CHECKPOINTING = 0.90  # where most is activations, of changing sizes
+WORKSPACES, NCCL = 0.5 * GIB, 0.6 * GIB  # of kernels, and of messages between processes
+USABLE = 0.95  # of what these leave free: the rest is for gaps (expandable segments: few)
 MIN_CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}  # compute capability
 STATE_8BIT = 2 * (1 + 4 / 128)  # bytes of AdamW state: two codes, and a scale for each 128 of them
 MAX_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
 MIN_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
-FEW_STEPS = 10  # of the optimizer: fewer hardly move the weights
-TYPICAL_MFU = 0.4
-# TFLOP/s of dense half-precision matrix products, from the vendor's data sheets. Of these names,
-# the first that a GPU's full name contains is taken.
+# TFLOP/s of dense half-precision products, by the vendor. The first in a GPU's full name counts.
 PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
 PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "A6000": 155, "V100": 125, "T4": 65}
-OLDEST_DRIVER = 580  # for CUDA 13
+TYPICAL_MFU = 0.4
 
 
 # ---- Devices and precision ----------------------------------------------------------------------
@@ -67,46 +62,43 @@ def choose_precision(capability: tuple | None, fp32: bool) -> Precision:
     return Precision(weights, compute_dtype, "adamw_torch_8bit", size, reason)
 
 
-def check_launch(by_torchrun: bool, world_size: int, num_gpus: int) -> None:
-    """Raise UserError where accelerate would refuse one process over several GPUs."""
-    if by_torchrun and world_size == 1 and num_gpus > 1:
-        remedy = f"--nproc_per_node {num_gpus}, or for one of them CUDA_VISIBLE_DEVICES=0 python"
-        raise UserError(f"torchrun --nproc_per_node 1 sees {num_gpus} GPUs: use {remedy}")
+def check_gpus(capabilities: list[tuple], arch_list: list[str], lone_process: bool) -> None:
+    """Raise UserError where PyTorch has no kernels for a GPU, or accelerate refuses the process.
+
+    `arch_list`: torch.cuda.get_arch_list(): sm_80 is for 8.0 to 8.9, compute_80 for all from 8.0.
+    `lone_process`: whether torchrun started this one alone.
+    """
+    for major, minor in capabilities:
+        usable = {f"sm_{major}{older}" for older in range(minor + 1)}
+        usable |= {f"compute_{older}" for older in range(50, 10 * major + minor + 1)}
+        if not usable & set(arch_list):
+            gpu = f"no kernels for a GPU of compute capability {major}.{minor}"
+            remedy = "install a build with them (a V100: the one for CUDA 12.6; see README)"
+            raise UserError(f"PyTorch has {gpu}, only {' '.join(arch_list)}: {remedy}")
+    if lone_process and (gpus := len(capabilities)) > 1:
+        remedy = f"--nproc_per_node {gpus}, or for one of them CUDA_VISIBLE_DEVICES=0 python"
+        raise UserError(f"torchrun --nproc_per_node 1 sees {gpus} GPUs: use {remedy}")
 
 
 def check_driver(cuda: str | None, is_available: bool, driver: str | None) -> None:
     """Raise UserError where a PyTorch built for CUDA cannot use the NVIDIA driver that is there."""
     if cuda and driver and not is_available:
         found = f"PyTorch, built for CUDA {cuda}, finds no GPU with NVIDIA driver {driver}"
-        newer = f"update it (CUDA 13 needs {OLDEST_DRIVER}), install PyTorch for an older CUDA"
-        raise UserError(f"{found}: {newer}, or --use_cpu")
-
-
-def check_kernels(capabilities: list[tuple], arch_list: list[str]) -> None:
-    """Raise UserError where PyTorch has no kernels for a GPU: those of sm_80 run on 8.0 to 8.9.
-
-    `arch_list`: torch.cuda.get_arch_list(). Of compute_80, they are made at run time from 8.0 on.
-    """
-    for major, minor in capabilities:
-        sm = {f"sm_{major}{lower}" for lower in range(minor + 1)}
-        compute = {f"compute_{n}" for n in range(50, 10 * major + minor + 1)}
-        if not (sm | compute) & set(arch_list):
-            gpu = f"this PyTorch has no kernels for a GPU of compute capability {major}.{minor}"
-            remedy = "install a build that has them (a V100: the one for CUDA 12.6; see README)"
-            raise UserError(f"{gpu}, only {' '.join(arch_list)}: {remedy}")
+        remedy = "update it (CUDA 13 needs 580), install PyTorch for an older CUDA, or --use_cpu"
+        raise UserError(f"{found}: {remedy}")
 
 
 def check_devices(training_args) -> None:
     """Raise UserError where this machine's GPUs are there, but could not be trained on."""
-    device, num_gpus = training_args.device.type, torch.cuda.device_count()
-    if device == "mps":  # its kernels for attention and loss were never compared with others
+    kind, file = training_args.device.type, Path("/proc/driver/nvidia/version")
+    if kind == "mps":  # its kernels for attention and loss were never compared with others
         raise UserError("Apple GPUs are untested, and not used: add --use_cpu")
-    if device == "cuda":
-        check_launch("LOCAL_RANK" in os.environ, training_args.world_size, num_gpus)
-        capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(num_gpus)]
-        check_kernels(capabilities, torch.cuda.get_arch_list())
+    if kind == "cuda":
+        gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        alone = "LOCAL_RANK" in os.environ and training_args.world_size == 1
+        check_gpus(gpus, torch.cuda.get_arch_list(), alone)
     hidden = training_args.use_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if (file := Path("/proc/driver/nvidia/version")).exists() and not hidden:
+    if file.exists() and not hidden:
         driver = re.search(r"\s(\d{3,}\.[\d.]+)", file.read_text())
         check_driver(torch.version.cuda, torch.cuda.is_available(), driver and driver[1])
 
@@ -114,15 +106,15 @@ def check_devices(training_args) -> None:
 def parse_gpus(gpus: str) -> tuple[list[float], tuple[int, int]]:
     """Return the free bytes of each GPU of a text like GPUS, and their least compute capability.
 
-    Of 80 "GB", 78.6 GiB are free: a card's total is about 0.99 of its name in GiB (79.2 of 80, 31.7
+    Of 80 "GB" 78.6 GiB are free: a card's total is about 0.99 of its name in GiB (79.2 of 80, 31.7
     of 32, 23.7 of 24), and a CUDA context takes 0.6. Unless said, 16 and 32 GB are V100s (and T4).
     """
     gpus, _, dtype = gpus.partition(":")
     groups = [group.split("x") for group in gpus.split(",")]
     sizes = [int(size) for number, size in groups for _ in range(int(number))]
-    dtype = dtype or ("fp16" if {16, 32} & set(sizes) else "bf16")
-    capability = MIN_CAPABILITY[{"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]]
-    return [(0.99 * size - 0.6) * GIB for size in sizes], capability
+    old = dtype == "fp16" or (not dtype and {16, 32} & set(sizes))
+    free = [(0.99 * size - 0.6) * GIB for size in sizes]
+    return free, MIN_CAPABILITY[torch.float16 if old else torch.bfloat16]
 
 
 def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
@@ -133,10 +125,10 @@ def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[in
     """
     processes, device = training_args.world_size, training_args.device
     if gpus:
-        capacities, capability = parse_gpus(gpus)
-        if processes not in (1, len(capacities)):
-            raise UserError(f"--gpus has {len(capacities)} GPUs for {processes} processes")
-        return capacities if processes == 1 else [min(capacities)] * processes, capability
+        free, capability = parse_gpus(gpus)
+        if processes not in (1, len(free)):
+            raise UserError(f"--gpus has {len(free)} GPUs for {processes} processes")
+        return free if processes == 1 else [min(free)] * processes, capability
     import psutil  # comes with accelerate
     from accelerate.utils import gather_object
 
@@ -161,19 +153,15 @@ class Job(NamedTuple):
     num_shards: int  # processes that share the parameters (FSDP2); 1: each has what it trains
 
 
-def kv_size(config) -> int:  # the width of a layer's keys, and of its values
-    return config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-
-
 def count_parameters(config) -> dict[str, int]:
     """Return the parameters of the "matrices" of a layer, a "layer", a "table", the "model"."""
-    hidden, kv = config.hidden_size, kv_size(config)
+    hidden, tables = config.hidden_size, 1 if config.tie_word_embeddings else 2
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
     matrices = hidden * (2 * hidden + 2 * kv + 3 * config.intermediate_size)  # q o, k v, the MLP's
     layer = matrices + 3 * hidden + 2 * kv  # two norms, and biases of q, k and v
     table = config.vocab_size * hidden  # embedding or head
-    model = table * (1 if config.tie_word_embeddings else 2)
-    model += layer * config.num_hidden_layers + hidden
-    return {"matrices": matrices, "layer": layer, "table": table, "model": model}
+    model = tables * table + layer * config.num_hidden_layers + hidden
+    return {"kv": kv, "matrices": matrices, "layer": layer, "table": table, "model": model}
 
 
 def layer_activations(config, tokens: int, compute: torch.dtype, stream: int) -> tuple[int, int]:
@@ -181,22 +169,20 @@ def layer_activations(config, tokens: int, compute: torch.dtype, stream: int) ->
 
     `stream`: the bytes of a number of the residual stream, which passes from layer to layer.
     """
-    hidden, wide, size = config.hidden_size, config.intermediate_size, compute.itemsize
+    wide, size, count = config.intermediate_size, compute.itemsize, count_parameters(config)
     casts = size < stream  # autocast: each product keeps casts of its two operands
-    # Of both norms, computed in fp32: the input, and the result before it is scaled.
-    numbers = 2 * (4 + stream)
-    # The input of q, k and v and the input of gate and up; of casts, one for each of the five.
-    numbers += size * (5 if casts else 2)
-    # Attention: q and the output. Where rows go one by one (bf16's kernel takes them all), the
-    # outputs joined; in fp16, on GPUs before Ampere, also a key and a value for each query head.
-    numbers += size * {torch.bfloat16: 2, torch.float16: 5, torch.float32: 3}[compute]
-    keys = 0 if compute == torch.float16 else 2 * kv_size(config)
-    # The MLP: gate, silu(gate), up, and the product.
-    kept = tokens * (hidden * numbers + size * (keys + 4 * wide))
-    kept += count_parameters(config)["matrices"] * size * casts
-    # Halfway back through the MLP the product is gone, and gradients exist: its own, those of
-    # silu(gate) and of up, and that of the residual stream.
-    return kept, tokens * (2 * wide * size + hidden * stream)
+    # Of both norms, computed in fp32: the input, and the result before it is scaled. The input of
+    # q, k and v and the input of gate and up; of casts, one for each of the five. Attention: q and
+    # the output; where rows go one by one (bf16's kernel takes them all) the outputs joined; in
+    # fp16, on GPUs before Ampere, a key and a value for each query head. The MLP: four.
+    attention = {torch.bfloat16: 2, torch.float32: 3, torch.float16: 5}[compute]
+    numbers = 2 * (4 + stream) + size * ((5 if casts else 2) + attention)
+    keys = 0 if compute == torch.float16 else 2 * count["kv"]
+    kept = tokens * (config.hidden_size * numbers + size * (keys + 4 * wide))
+    # Halfway back through the MLP its product is gone, and gradients exist: the product's, those
+    # of silu(gate) and of up, and that of the residual stream.
+    backward = tokens * (2 * wide * size + config.hidden_size * stream)
+    return kept + count["matrices"] * size * casts, backward
 
 
 def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = True) -> dict:
@@ -237,7 +223,7 @@ def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = T
         waiting = table * 2 * size if tied else table * 4  # or sent, until the next is
         backward += waiting + 3 * gathered  # weights of this layer and the next, and gradients
         embedding = table * size + sent + (waiting if tied else 0)
-    largest = table if tables else config.hidden_size * config.intermediate_size
+    largest = table if tables else config.hidden_size * config.intermediate_size * (layers > 0)
     update = 8 * largest / shards if precision.optim == "adamw_torch_8bit" else 0  # two fp32 copies
     return {
         "loss": held + (layers * kept + loss if head else 0),
@@ -258,65 +244,53 @@ def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
 
 
 # ---- Which GPU holds what -----------------------------------------------------------------------
-def split_items(load, num_items: int, capacities: list[float]) -> list[int]:
-    """Return each item's GPU, in order, so that the largest load / capacity is least.
+def place(job: Job, tokens: int, checkpointing: bool = True) -> list[list[str]]:
+    """Return the modules of each device: of shards all, else so that the fullest is least full.
 
-    `load(first, end)`: bytes of a GPU with the items from `first` to before `end`. It may get none.
+    Whole layers, in order; a tied head goes with the embedding. Within a limit, to fill each GPU as
+    far as it goes leaves the fewest modules for the others.
     """
-
-    @functools.cache
-    def best(first: int, gpu: int) -> tuple[float, list[int]]:  # of items and GPUs from these on
-        if gpu == len(capacities):
-            return (math.inf if first < num_items else 0), []
-        options = []
-        for end in range(first, num_items + 1):
-            share = load(first, end) / capacities[gpu] if end > first else 0
-            rest_share, rest = best(end, gpu + 1)
-            options.append((max(share, rest_share), [gpu] * (end - first) + rest))
-        return min(options)
-
-    return best(0, 0)[1]
-
-
-def item_names(config) -> list[str]:
-    """Return the modules to be placed, in order; a tied head goes with the embedding."""
-    layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-    return ["model.embed_tokens", *layers, *([] if config.tie_word_embeddings else ["lm_head"])]
-
-
-def make_device_map(job: Job, tokens: int, checkpointing: bool = True) -> dict | None:
-    """Return the GPU of each module: whole layers in order, as even as can be; of shards, None."""
+    layers = [f"model.layers.{i}" for i in range(job.config.num_hidden_layers)]
+    names = ["model.embed_tokens", *layers, *["lm_head"] * (not job.config.tie_word_embeddings)]
     if job.num_shards > 1 or job.precision.compute_dtype == torch.float32:
-        return None
-    names = item_names(job.config)
+        return [names] * len(job.capacities)
 
-    @functools.cache
-    def load(first: int, end: int) -> float:
-        return max(step_memory(job, tokens, names[first:end], checkpointing).values())
+    def share(names: list[str], capacity: float) -> float:
+        return max(step_memory(job, tokens, names, checkpointing).values()) / capacity
 
-    gpus = split_items(load, len(names), job.capacities)
-    head = gpus[0 if job.config.tie_word_embeddings else -1]
-    ends = {"model.rotary_emb": gpus[0], "model.norm": gpus[-1], "lm_head": head}
-    return ends | dict(zip(names, gpus))
+    def deal(limit: float) -> tuple[list, list]:  # what each holds, and what is left over
+        held, rest = [], names
+        for capacity in job.capacities:
+            lengths = range(1, len(rest) + 1)
+            key = lambda n: share(rest[:n], capacity)  # noqa: B023, E731
+            fitting = bisect.bisect_right(lengths, limit, key=key)
+            held, rest = [*held, rest[:fitting]], rest[fitting:]
+        return held, rest
+
+    spans = list(itertools.combinations(range(len(names) + 1), 2))
+    shares = sorted({share(names[a:b], room) for a, b in spans for room in {*job.capacities}})
+    return deal(shares[bisect.bisect_left(shares, True, key=lambda s: not deal(s)[1])])[0]
 
 
-def held_modules(job: Job, device_map: dict | None) -> list[list[str]]:
-    """Return the modules of each device, in order; without a map, each holds (a shard of) all."""
-    names, gpus = item_names(job.config), range(len(job.capacities))
-    return [[n for n in names if device_map is None or device_map[n] == gpu] for gpu in gpus]
-
-
-def device_loads(job: Job, tokens: int, device_map: dict | None, checkpointing: bool = True):
+def device_loads(job: Job, tokens: int, held: list[list[str]], checkpointing: bool = True):
     """Return the bytes needed on each device, at the moment when it needs the most."""
-    held = held_modules(job, device_map)
-    moments = [names and step_memory(job, tokens, names, checkpointing) for names in held]
-    return [max(sizes.values()) if sizes else 0 for sizes in moments]
+    return [max(step_memory(job, tokens, names, checkpointing).values()) for names in held]
 
 
-def fits(job: Job, tokens: int, device_map: dict | None, checkpointing: bool = True) -> bool:
-    share = USABLE if checkpointing else USABLE_WITHOUT_CHECKPOINTING
-    loads = device_loads(job, tokens, device_map, checkpointing)
-    return all(load <= share * room for load, room in zip(loads, job.capacities))
+def is_enough(job: Job, loads: list[float]) -> bool:
+    reserve = WORKSPACES + (NCCL if job.num_shards > 1 else 0)
+    pairs = zip(loads, job.capacities)
+    return all(load <= USABLE * (free - reserve) for load, free in pairs if load)
+
+
+def fits(job: Job, tokens: int) -> bool:
+    """Return whether a micro-batch fits, with checkpointing."""
+    return is_enough(job, device_loads(job, tokens, place(job, tokens)))
+
+
+def over_processes(job: Job, num_shards: int) -> Job:
+    """Return the job for this many processes, over GPUs like the smallest."""
+    return job._replace(num_shards=num_shards, capacities=[min(job.capacities)] * num_shards)
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -324,9 +298,9 @@ class Plan(NamedTuple):
     device_map: dict | str | None
     tokens_per_forward: int  # of a micro-batch, at most
     max_tokens_without_checkpointing: int  # of a micro-batch that fits without it
-    capacities: list[float]  # free bytes of each device
-    needed: list[float]  # at the least: micro-batches of the longest row, all recomputed
-    used: list[float]
+    held: list[list[str]]  # modules of each device
+    needed: list[float]  # bytes of each device at the least: one row at a time, all recomputed
+    used: list[float]  # bytes of each device
 
 
 def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
@@ -342,127 +316,132 @@ def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
     if args.device_map != "auto" and job.num_shards == 1:
         return Plan(args.device_map, budget, 0, [], [], [])
     # With checkpointing: the largest micro-batch that fits, or the one that is asked for.
-    maps = functools.cache(lambda tokens: make_device_map(job, tokens))
-    while not asked and budget > longest and not fits(job, budget, maps(budget)):
+    while not asked and budget > longest and not fits(job, budget):
         budget //= 2
     tokens = max(budget, longest)
-    device_map, least = maps(tokens), maps(longest)
+    held = place(job, tokens)
+
     # Without: as many tokens as fit while layers stay on their devices, if that is enough.
-    too_large = lambda tokens: not fits(job, tokens, device_map, False)  # noqa: E731
-    plain = bisect.bisect_left(range(1, tokens + 1), True, key=too_large)
+    def is_too_large(tokens: int) -> bool:
+        return not is_enough(job, device_loads(job, tokens, held, checkpointing=False))
+
+    plain = bisect.bisect_left(range(1, tokens + 1), True, key=is_too_large)
     enough = MIN_TOKENS_GPU if training_args.gradient_checkpointing else longest
     if not asked and plain >= enough:
         budget = min(budget, plain)
     tokens = max(budget, longest)
     if plain >= tokens:  # then another split is the most even
-        device_map = make_device_map(job, tokens, checkpointing=False)
-    cases = [(min(tokens, plain), False)] if plain else []
-    cases += [(tokens, True)] if tokens > plain else []
-    used = zip(*(device_loads(job, most, device_map, again) for most, again in cases))
-    needed = device_loads(job, longest, least)
-    return Plan(device_map, budget, plain, job.capacities, needed, [max(x) for x in used])
+        held = place(job, tokens, checkpointing=False)
+    cases = [(min(tokens, plain), False)] * (plain > 0) + [(tokens, True)] * (tokens > plain)
+    used = zip(*(device_loads(job, most, held, again) for most, again in cases))
+    needed = device_loads(job, longest, place(job, longest))
+    device_map = None if on_cpu or job.num_shards > 1 else make_device_map(held)
+    return Plan(device_map, budget, plain, held, needed, [max(loads) for loads in used])
 
 
-def print_plan(plan: Plan, job: Job, training_args, longest: int) -> None:
-    """Print what each device needs and will use, what is computed twice, and a faster way."""
-    if not plan.capacities:
+def make_device_map(held: list[list[str]]) -> dict[str, int]:
+    gpus = {name: gpu for gpu, names in enumerate(held) for name in names}
+    first, last = gpus["model.embed_tokens"], max(gpus.values())
+    ends = {"model.rotary_emb": first, "model.norm": last, "lm_head": first}
+    return ends | gpus  # where the head is no module of its own, it is with the embedding
+
+
+def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, bin_rows) -> None:
+    """Print all that will be: formats, memory, steps, time and disk."""
+    precision, longest = job.precision, int(lengths.max())
+    compute, weights = (str(dtype).removeprefix("torch.") for dtype in precision[1::-1])
+    assumed = ", assumed: --gpus can end in :bf16 or :fp16" if args.gpus else ""
+    reason = f"{precision.optim} ({precision.reason}{assumed})"
+    print(f"precision  {compute} over {weights} weights, {reason}")
+    if plan.used:
+        print_memory(plan, job, training_args, longest)
+    else:
         print("memory     not planned: the device map is your own")
-        return
-    held = held_modules(job, plan.device_map)
-    for gpu, (names, *sizes) in enumerate(zip(held, plan.needed, plan.used, plan.capacities)):
-        ends = (
-            f" ({names[0]} to {names[-1]})" if names and plan.device_map and len(held) > 1 else ""
-        )
-        needed, used, room = (size / GIB for size in sizes)
+    rows, world_size = rows_per_step(training_args), training_args.world_size
+    steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
+    steps = training_args.max_steps if training_args.max_steps > 0 else steps
+    sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
+    passes = len(bin_rows(sample, plan.tokens_per_forward, world_size)) // world_size
+    each = f"{len(sample)} rows, {passes} or so forward passes of {plan.tokens_per_forward} tokens"
+    few = "; few to learn from: more epochs, or fewer rows a step" if steps < 10 else ""
+    print(f"steps      {steps} of {each}{few}")
+    flops = training_flops(job.config, count_parameters(job.config)["model"], lengths)
+    gpu = {torch.bfloat16: "A100", torch.float16: "V100"}.get(precision.compute_dtype, "CPU")
+    if training_args.device.type == "cuda" and not args.gpus:
+        gpu = torch.cuda.get_device_name()
+    hours = ""
+    if peak := peak_tflops(gpu):  # the GPUs of one process work in turn
+        hours = flops / (TYPICAL_MFU * peak * 1e12 * world_size) / 3600
+        hours = f": {hours:.2g} h if {world_size} x {gpu} reach {TYPICAL_MFU:.0%} of {peak} TFLOP/s"
+    print(f"cost       {flops:.2g} FLOPs an epoch{hours}")
+    needed, free, checkpoints = disk_bytes(job, training_args)
+    here = "" if args.gpus else f", {free / GIB:.1f} GiB free"  # else, on another machine
+    print(f"disk       {needed / GIB:.1f} GiB for {checkpoints} checkpoints and the export{here}")
+
+
+def print_memory(plan: Plan, job: Job, training_args, longest: int) -> None:
+    rows = zip(plan.held, plan.needed, plan.used, job.capacities)
+    in_turn = job.num_shards == 1 and (gpus := len(job.capacities)) > 1
+    for gpu, (names, *sizes) in enumerate(rows):
+        needed, used, free = (size / GIB for size in sizes)
+        ends = f" ({names[0]} to {names[-1]})" if names and in_turn else ""
         print(
-            f"memory     device {gpu}: needs {needed:.1f}, uses {used:.1f} of {room:.1f} GiB{ends}"
+            f"memory     device {gpu}: needs {needed:.1f}, uses {used:.1f} of {free:.1f} GiB{ends}"
         )
     plain = plan.max_tokens_without_checkpointing
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
     enough = plain >= max(plan.tokens_per_forward, longest)
     print(f"recompute  {'nothing: memory suffices' if enough else which}")
-    if (gpus := len(plan.capacities)) > 1 and job.num_shards == 1:
+    if in_turn:
         steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
         flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
-        small = not fits(shard_job(job, gpus), longest, None)
-        way = "too small to work at once" if small else f"at once: torchrun {flags}"
+        at_once = fits(over_processes(job, gpus), longest)
+        way = f"at once: torchrun {flags}" if at_once else "too small to work at once"
         print(f"devices    work in turn; {way}")
-
-
-def shard_job(job: Job, num_shards: int) -> Job:
-    """Return the job for this many processes over GPUs like the smallest."""
-    return job._replace(num_shards=num_shards, capacities=[min(job.capacities)] * num_shards)
 
 
 def check_plan(plan: Plan, job: Job, args, training_args, longest: int) -> None:
     """Raise UserError where the plan cannot be carried out, with what would fit."""
-    tokens = max(plan.tokens_per_forward, longest)
-    if all(load <= USABLE * room for load, room in zip(plan.used, plan.capacities)):
-        plain = plan.max_tokens_without_checkpointing
-        if plan.capacities and plain < tokens and not training_args.gradient_checkpointing:
-            raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
-        gpus = {*plan.device_map.values()} if isinstance(plan.device_map, dict) else set()
-        if len(gpus) == 1 and plan.capacities and gpus != {0}:  # Trainer would move it to GPU 0
-            raise UserError(f"only GPU {(gpu := gpus.pop())} has room: CUDA_VISIBLE_DEVICES={gpu}")
-        return
+    tokens, plain = max(plan.tokens_per_forward, longest), plan.max_tokens_without_checkpointing
+    if not is_enough(job, plan.used):
+        raise UserError(
+            f"too little memory (5% stays free); {what_would_fit(job, tokens, longest)}"
+        )
+    if plan.used and plain < tokens and not training_args.gradient_checkpointing:
+        raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
+    gpus = {gpu for gpu, names in enumerate(plan.held) if names}
+    if len(gpus) == 1 and gpus != {0}:  # Trainer would move all to GPU 0
+        raise UserError(
+            f"only GPU {max(gpus)} has room: start with CUDA_VISIBLE_DEVICES={max(gpus)}"
+        )
+    needed, free, _ = disk_bytes(job, training_args)
+    if needed > free and not args.gpus:
+        raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
+
+
+def what_would_fit(job: Job, tokens: int, longest: int) -> str:
+    """Return remedies, in words: fewer tokens at once, more GPUs, other formats."""
     if job.precision.compute_dtype == torch.float32:
-        raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
-    halves = (tokens >> i for i in range(1, 14))
-    fewer = (n for n in halves if fits(job, n, make_device_map(job, n)))
-    ways = [
-        f"--{'tokens_per_forward' if n >= longest else 'max_len'} {n}"
-        for n in itertools.islice(fewer, 1)
-    ]
-    enough = (n for n in range(2, 65) if fits(shard_job(job, n), tokens, None))
-    ways += [f"torchrun --nproc_per_node {n}" for n in itertools.islice(enough, 1)]
+        return "to plan for another machine: --dry_run --gpus 4x80"
+    fewer = (n for n in (tokens >> i for i in range(1, 14)) if fits(job, n))
+    more = (n for n in range(2, 65) if fits(over_processes(job, n), tokens))
+    ways = [f"--{'tokens_per_forward' if n >= longest else 'max_len'} {n}" for n in fewer][:1]
+    ways += [f"torchrun --nproc_per_node {n}" for n in itertools.islice(more, 1)]
     default = choose_precision(MIN_CAPABILITY[job.precision.compute_dtype], False)
-    smaller = job._replace(precision=default)
-    if args.fp32 and fits(smaller, tokens, make_device_map(smaller, tokens)):
-        ways.insert(0, "no --fp32")
-    reserve = f"too little memory ({1 - USABLE:.0%} of it stays free)"
-    raise UserError(f"{reserve}; what would fit: {'; '.join(ways) or 'a smaller model'}")
+    if job.precision.bytes_per_parameter > default.bytes_per_parameter:
+        ways += ["no --fp32"] * fits(job._replace(precision=default), tokens)
+    return f"what would fit: {'; '.join(ways) or 'a smaller model'}"
 
 
-def plan_disk(config, precision: Precision, args, training_args) -> None:
-    """Print what checkpoints and export take; raises UserError where the disk cannot hold them."""
-    parameters = count_parameters(config)["model"]
+def disk_bytes(job: Job, training_args) -> tuple[float, float, int]:
+    """Return the bytes that export and checkpoints take, those free, and how many of these."""
+    parameters, precision = count_parameters(job.config)["model"], job.precision
     weights = parameters * precision.weights.itemsize
     checkpoint = parameters * precision.bytes_per_parameter - weights  # no gradients
     kept = 0 if training_args.save_strategy == "no" else (training_args.save_total_limit or 2) + 1
     folder = Path(training_args.output_dir).resolve()
-    folder = next(place for place in (folder, *folder.parents) if place.exists())
-    needed, free = (weights + kept * checkpoint) / GIB, shutil.disk_usage(folder).free / GIB
-    here = "" if args.gpus else f", {free:.1f} GiB free"  # else, it is another machine's disk
-    print(f"disk       {needed:.1f} GiB for {kept} checkpoints and the export{here}")
-    if needed > free and here:
-        raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
-
-
-def plan_steps(budget: int, training_args, lengths: np.ndarray, bin_rows) -> None:
-    """Print how many optimizer steps there will be, and the forward passes of one."""
-    rows = rows_per_step(training_args)
-    steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
-    steps = training_args.max_steps if training_args.max_steps > 0 else steps
-    sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
-    world_size = training_args.world_size
-    passes = len(bin_rows(sample, budget, world_size)) // world_size
-    each = f"{min(rows, len(lengths))} rows, {passes} or so forward passes of {budget} tokens"
-    print(f"steps      {steps} of {each}")
-    if steps < FEW_STEPS:
-        print(f"{'':10} few to learn from: fewer rows per step, or more epochs, would make more")
-
-
-def plan_cost(job: Job, gpus: str | None, training_args, lengths: np.ndarray) -> None:
-    """Print the FLOPs of an epoch, and the hours it takes at TYPICAL_MFU of the GPUs' peak."""
-    flops = training_flops(job.config, count_parameters(job.config)["model"], lengths)
-    name = {torch.bfloat16: "A100", torch.float16: "V100"}.get(job.precision.compute_dtype, "CPU")
-    if training_args.device.type == "cuda" and not gpus:
-        name = torch.cuda.get_device_name()
-    hours, busy = "", training_args.world_size  # one process has its GPUs work in turn
-    if tflops := peak_tflops(name):
-        time = flops / (TYPICAL_MFU * tflops * 1e12 * busy) / 3600
-        hours = f", {time:.2g} h at {TYPICAL_MFU:.0%} of {busy} x {name}'s {tflops} TFLOP/s"
-    print(f"cost       {flops:.2g} FLOPs an epoch{hours}")
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    return weights + kept * checkpoint, shutil.disk_usage(folder).free, kept
 
 
 def peak_tflops(gpu: str) -> float | None:

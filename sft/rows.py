@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tqdm.auto
 
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

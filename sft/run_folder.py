@@ -3,6 +3,7 @@
 In output_dir only names like OWN are ever replaced or deleted, and only if run.json is a run's.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -74,8 +75,8 @@ def whole_checkpoints(output_dir) -> list[Path]:
 
 def saved_so_far(output_dir) -> str:
     """Return in words what --resume would go on from."""
-    names = [path.name for path in whole_checkpoints(output_dir)] or ["nothing"]
-    return f"{names[-1]} is saved; --resume goes on from there"
+    names = [path.name for path in whole_checkpoints(output_dir)]
+    return f"{names[-1]} is saved; --resume goes on from there" if names else "nothing is saved"
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -157,8 +158,6 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
 @contextmanager
 def lock_folder(output_dir: Path):
     """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
-    import fcntl  # not on Windows
-
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
         file.seek(0)
@@ -211,6 +210,29 @@ class WholeCheckpoints:
     def _get_output_dir(self, trial=None) -> str:
         """Return where Trainer may write, and delete what it takes for old: aside."""
         return os.path.join(self.args.output_dir, ASIDE)
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, checkpoint, trial):
+        """Return (epochs, steps of the next) that are done; of a run that had ended, all."""
+        done = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if (best / MANIFEST).exists():  # output_dir may have been moved
+            self.state.best_model_checkpoint = str(best)
+        early = self.state.stateful_callbacks.get("EarlyStoppingCallback")
+        ended = self.state.global_step >= max_steps or (
+            early
+            and (
+                early["attributes"]["early_stopping_patience_counter"]
+                >= early["args"]["early_stopping_patience"]
+            )
+        )
+        return (epochs, 0) if ended else done
+
+    def log(self, logs: dict, start_time=None) -> None:
+        """Log as Trainer does; what a reporter raises must not cost the run."""
+        try:
+            super().log(logs, start_time)
+        except Exception as error:  # wandb's and others', of whatever kind
+            say(f"step {self.state.global_step} is not reported: {error}", sys.stderr)
 
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
@@ -286,15 +308,17 @@ class WholeCheckpoints:
         if model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         failure = f"{output_dir}: the model is not written; make room, then --resume"
-        with as_user_error(Exception, failure):  # each library has its own for a full disk
-            weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
-            model.save_pretrained(aside, state_dict=weights)
-            tokenizer.save_pretrained(aside)
-            add_old_names(aside, dtype)
-            for name in sorted(describe_files(aside), key="config.json".__eq__):
-                os.chmod(aside / name, (aside / "config.json").stat().st_mode)
-                os.replace(aside / name, output_dir / name)
-            aside.rmdir()
+        try:
+            with as_user_error(Exception, failure):  # each library has its own for a full disk
+                weights = {name: weight.to("cpu", dtype) for name, weight in weights.items()}
+                model.save_pretrained(aside, state_dict=weights)
+                tokenizer.save_pretrained(aside)
+                add_old_names(aside, dtype)
+                for name in sorted(describe_files(aside), key="config.json".__eq__):
+                    os.chmod(aside / name, (aside / "config.json").stat().st_mode)
+                    os.replace(aside / name, output_dir / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def add_old_names(folder: Path, dtype: torch.dtype) -> None:
@@ -309,18 +333,3 @@ def add_old_names(folder: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [])  # is no list in 4
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def check_loading(loaded: dict, name_or_path: str) -> None:
-    """Raise UserError where from_pretrained's loading info shows weights not as the model's.
-
-    What is missing or of another shape would train from random numbers, without a word.
-    """
-    kinds = {"missing": loaded["missing_keys"], "unexpected": loaded["unexpected_keys"]}
-    kinds |= {"of another shape": {key for key, *_ in loaded["mismatched_keys"]}}
-    names = [f"{key} is {kind}" for kind, keys in kinds.items() for key in sorted(keys)]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(
-            f"{name_or_path}: {', '.join(names[:3])}{more}: not the weights of its config"
-        )

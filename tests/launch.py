@@ -30,7 +30,7 @@ import torch
 import transformers
 
 import sft_qwen2
-from sft import arguments
+from sft import arguments, memory_plan
 
 
 def free_port() -> int:
@@ -42,7 +42,7 @@ def free_port() -> int:
 def shard_on_cpu(compute: str) -> None:
     """Let the script take this CPU for a GPU of this number format, and shard over it."""
     create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
-    choose_precision = sft_qwen2.choose_precision
+    choose_precision = memory_plan.choose_precision
     capability = {"bf16": (8, 0), "fp16": (7, 0), "fp32": None}[compute]
 
     def create(trainer):
@@ -55,7 +55,7 @@ def shard_on_cpu(compute: str) -> None:
     defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG}
     arguments.process_defaults = lambda use_cpu: defaults
     transformers.Trainer.create_accelerator_and_postprocess = create
-    sft_qwen2.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
+    memory_plan.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
 
 
 def count_encoded(path: Path) -> None:

@@ -1,243 +1,224 @@
-"""Arguments, what is said to the user before a run, and the budgets of the source."""
+"""Arguments: every flag has its effect, is refused with a reason, or is said to have none."""
 
-import ast
+import dataclasses
 import json
-import os
-import pty
-import re
-import subprocess
-import sys
-import termios
-import time
 
 import pytest
+import torch
+import transformers
 from conftest import ROOT
 
 import sft_qwen2
+from sft.arguments import FLAGS, process_defaults, with_optim
+from sft.memory_plan import choose_precision
 
-SCRIPTS = [ROOT / name for name in ("sft_qwen2.py", "memory_plan.py", "token_stats.py")]
+OWN = {f.name: f for f in dataclasses.fields(sft_qwen2.ScriptArguments) if f.init}
+THEIRS = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments)}
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than transformers 5.17
+ACCEPTED = {name: f for name, f in (OWN | THEIRS).items() if name in OWN or name in FLAGS["works"]}
 
 
 def parse(*argv):
-    return sft_qwen2.parse_arguments([str(arg) for arg in argv])
+    defaults = (sft_qwen2.ScriptArguments, sft_qwen2.TRAINING_DEFAULTS)
+    return sft_qwen2.parse_arguments([str(arg) for arg in argv], *defaults)
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function: arguments to the one line with which they are refused, by exit code 2."""
+
+    def refuse(*argv) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: "), (argv, err)
+        assert err.count("\n") == 1 and len(err) < 400, err
+        return err
+
+    return refuse
+
+
+def is_number(field) -> bool:
+    return "int" in str(field.type) or "float" in str(field.type)
+
+
+def other_value(name: str) -> str:
+    """Return a value of the field that is not its default, as it stands on a command line."""
+    if "bool" in str(THEIRS[name].type):
+        return str(sft_qwen2.TRAINING_DEFAULTS.get(name, THEIRS[name].default) is not True)
+    return "spawn" if "context" in name else "7" if is_number(THEIRS[name]) else "x"
+
+
+def test_every_field_stands_in_one_table():
+    """Each field of the installed TrainingArguments works, is refused, or is harmless: just one."""
+    names = [name for table in ("works", "refused", "harmless") for name in FLAGS[table]]
+    assert len(names) == len(set(names))
+    assert set(names) - NEWER <= set(THEIRS) <= set(names)
+    assert {name for name in ACCEPTED if is_number(ACCEPTED[name])} == set(FLAGS["range"])
+    assert set(FLAGS["choice"]) | set(FLAGS["useless"]) <= set(ACCEPTED)
+    assert not set(FLAGS["hint"]) & (set(OWN) | set(THEIRS))
+
+
+def test_what_would_not_work_is_refused(refusal):
+    """A refused field that is not at its default ends with its reason; so does another's name."""
+    for name in set(FLAGS["refused"]) & set(THEIRS):
+        assert f"--{name}: {FLAGS['refused'][name]}" in refusal(f"--{name}={other_value(name)}")
+    for name, hint in FLAGS["hint"].items():
+        assert f"argument --{name}: {hint}" in refusal(f"--{name}", "0.03")
+
+
+def test_what_has_no_effect_is_named(capsys):
+    """A harmless field is accepted, and one line says that it has no effect, and why."""
+    for name, reason in FLAGS["harmless"].items():
+        parse("--dataloader_num_workers", 2, f"--{name}", other_value(name))
+        assert f"--{name} has no effect: {reason}\n" in capsys.readouterr().out
+
+
+def test_help_shows_what_works(capsys):
+    """--help names every flag that works with its default, no other one, in 80 lines at most."""
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and len(out.splitlines()) <= 80
+    flags = [line for line in out.splitlines() if line.startswith("  --")]
+    shown = dict((*f.split(" ", 1), "")[:2] for line in flags for f in line[4:].split("  --"))
+    assert set(shown) == set(ACCEPTED)
+    defaults = {name: ACCEPTED[name].default for name in ACCEPTED}
+    defaults |= sft_qwen2.TRAINING_DEFAULTS | {"optim": None}
+    assert all(shown[name] == str(defaults[name] or "") for name in shown)
 
 
 def test_defaults_are_the_walk_throughs():
     """Without arguments the run is the one the documentation walks through."""
-    args, training_args = parse()
-    expected = {
-        "model_name_or_path": "Qwen/Qwen2-7B-Instruct",
-        "system_prompt": "你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
-        "max_len": 8192,
-        "overflow_strategy": "truncate",
-        "tokens_per_forward": None,
-    }
-    assert {name: getattr(args, name) for name in expected} == expected
-    expected = {
-        "output_dir": "./outputs",
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 32,
-        "num_train_epochs": 1.0,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
-        "weight_decay": 0.003,
-        "logging_steps": 1,
-        "save_steps": 5,
-        "save_total_limit": 2,
-        "run_name": "qwen2-7B-sft",
-        "report_to": ["wandb"],
-        "gradient_checkpointing": True,
-        "max_grad_norm": 1.0,
-    }
-    assert {name: getattr(training_args, name) for name in expected} == expected
+    args, training_args = map(vars, parse())
+    assert (args["model_name_or_path"], args["max_len"]) == ("Qwen/Qwen2-7B-Instruct", 8192)
+    names = "per_device_train_batch_size gradient_accumulation_steps num_train_epochs learning_rate"
+    names += " lr_scheduler_type warmup_steps weight_decay max_grad_norm save_steps logging_steps"
+    values = [training_args[name] for name in names.split()]
+    assert values == [4, 32, 1, 1e-5, "cosine", 0.03, 0.003, 1, 5, 1]
 
 
 def test_flags_stand_above_the_file(tmp_path):
     """Arguments come from a JSON file, and a flag overrides the file's value of that name."""
-    path = tmp_path / "run.json"
     values = {"learning_rate": 2e-5, "max_len": 100, "gradient_checkpointing": False}
-    values |= {"system_prompt": "--own \"'\n", "report_to": "none", "warmup_steps": 7}
-    path.write_text(json.dumps(values))
-    args, training_args = parse(path, "--max_len", 50, "--per_device_train_batch_size", 2)
-    assert (args.max_len, training_args.per_device_train_batch_size) == (50, 2)
-    assert args.system_prompt == values["system_prompt"]
-    assert training_args.learning_rate == 2e-5 and training_args.warmup_steps == 7
-    assert training_args.gradient_checkpointing is False and training_args.report_to == []
-    assert training_args.save_steps == 5
+    values |= {"system_prompt": "--own \"'\n", "report_to": ["wandb"], "tokens_per_forward": None}
+    values["lr_scheduler_kwargs"] = {"num_cycles": 0.4}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    read = parse(tmp_path / "run.json", "--max_len", 50, "--save_steps", 2)
+    read = vars(read[0]) | vars(read[1])
+    assert {name: read[name] for name in values} == values | {"max_len": 50}
+    assert (read["save_steps"], read["weight_decay"]) == (2, 0.003)
 
 
-WRONG_FLAGS = {
-    "unknown flag": (["--learning_rat", "1"], "--learning_rat"),
-    "abbreviation": (["--max_l", "1"], "--max_l"),
-    "stray word": (["data"], "data"),
-    "not a number": (["--learning_rate", "fast"], "fast"),
-    "not an integer": (["--max_len", "1.5"], "1.5"),
-    "not a choice": (["--overflow_strategy", "wrap"], "wrap"),
-    "not transformers' choice": (["--save_strategy", "never"], "never"),
-    "no value": (["--max_len"], "--max_len"),
-    "refused by transformers": (["--warmup_steps", "-1"], "warmup_steps"),
-    "length of nothing": (["--max_len", "0"], "--max_len"),
-    "budget of nothing": (["--tokens_per_forward", "0"], "--tokens_per_forward"),
-    "no epochs": (["--num_train_epochs", "0"], "--num_train_epochs"),
-    "no such reporter": (["--report_to", "tensorbord"], "tensorbord"),
-    "number format": (["--bf16"], "bf16"),
-    "best checkpoint": (["--save_strategy", "best", "--metric_for_best_model", "loss"], "best"),
-    "no such file": (["missing.json"], "missing.json"),
+FILES = {  # of arguments, and what must be in their refusal
+    "{": "broken JSON",
+    '{"max_len": 1, "max_len": 2}': "twice",
+    '{"max_length": null}': "--max_length",
+    '{"save_total_limit": null}': "save_total_limit",
+    '{"max_len": [1]}': "max_len",
+    '{"learning_rate": NaN}': "--learning_rate",
 }
-WRONG_FILES = {
-    "broken": "{",
-    "empty": "",
-    "a list": '["--max_len"]',
-    "unknown name": '{"max_length": 1}',
-    "wrong value": '{"max_len": "long"}',
-    "wrong type": '{"max_len": [1]}',
-    "not a choice": '{"overflow_strategy": true}',
+WRONG = {  # flags, and what must be in their refusal
+    "--learning_rat 1": "is it --learning_rate?",
+    "data": "argument data",
+    "missing.json": "missing.json",
+    "--warmup_ratio=0.03": "--warmup_steps 0.03",
+    "--max_steps 0": "--max_steps",
+    "--adam_beta2 1": "[0, 1)",
+    "--warmup_steps 2.5": "whole",
+    "--report_to tensorbord": "tensorbord",
+    "--eval_steps 20": "--eval_strategy no",
+    "--load_best_model_at_end --eval_strategy epoch": "save and eval strategy to match",
+    "--lr_scheduler_type constant --warmup_steps 9": "--lr_scheduler_type constant",
+    "--lr_scheduler_type cosine_with_min_lr": "min_lr_rate",
+    "--lr_scheduler_kwargs {x": "--lr_scheduler_kwargs",
+    '--device_map {"model":"disk"}': "--device_map",
+    "--gpus 4x80": "--dry_run False",
+    "--dry_run --gpus 1000x80": "256",
+}
+BAD_NUMBERS = ("nan", "inf", "-inf", "-1e-9", "1e39", "-2", "", "1,5", "one")
+BAD_CHOICES = ("never", "best", "None", "0.5")
+
+
+def test_wrong_arguments_are_one_line(refusal, tmp_path):
+    """Of a wrong argument, or file of them, one line names it, or leads out."""
+    for text, word in FILES.items():
+        (tmp_path / "run.json").write_text(text)
+        assert word in refusal(tmp_path / "run.json")
+    for flags, word in WRONG.items():
+        assert word in refusal(*flags.split())
+    names = [name for name in ACCEPTED if is_number(ACCEPTED[name])]
+    cases = [(name, bad) for name in names for bad in BAD_NUMBERS]
+    names = [*FLAGS["choice"], "overflow_strategy", "eval_strategy", "logging_strategy"]
+    names += ["lr_scheduler_type", "log_level", "device_map", "fp32", "resume", "use_cpu"]
+    cases += [(name, bad) for name in names for bad in BAD_CHOICES]
+    assert len(cases) >= 201
+    for name, bad in cases:
+        assert name in refusal(f"--{name}={bad}", "--dry_run")
+
+
+@pytest.mark.parametrize("optim", [None, *FLAGS["choice"]["optim"].split()])
+def test_only_stochastic_rounding_has_bf16_weights(optim):
+    """--optim is taken as it is given, also where it is Trainer's default, over fp32 weights."""
+    chosen = parse(*(["--optim", optim] if optim else []))[0].chosen_optim
+    for own in (choose_precision(gpu, 1, False) for gpu in ((8, 0), (7, 0), None)):
+        precision = with_optim(own, chosen)
+        assert precision == own if optim in (None, own.optim) else precision.optim == optim
+        rounds = precision.optim == "adamw_torch_8bit"
+        assert precision.weights == torch.float32 or rounds
+        size = (4 if precision.weights == torch.bfloat16 else 8) + (2 if rounds else 8)
+        assert precision.bytes_per_parameter == pytest.approx(size, rel=0.02)  # blocks' scales
+        assert ("quarter" in precision.reason) == (own.weights != precision.weights)
+
+
+def test_processes_share_the_model(monkeypatch, refusal):
+    """torchrun's processes have FSDP2 on GPUs, DDP on CPU, and no device map of their own."""
+    assert process_defaults(False) == {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert process_defaults(False) == {"use_cpu": True, "ddp_backend": "gloo"}
+    assert "one process" in refusal("--device_map", "balanced")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert process_defaults(False)["fsdp"] and process_defaults(True)["use_cpu"]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "torchrun" in refusal()
+
+
+STEPS = "--eval_strategy steps --eval_steps"
+EFFECTS = {  # what is other than in a run without them
+    "loss": "--weight_decay 0.9 | --max_grad_norm 0.001 | --optim adafactor | --adam_beta1 0.1 | "
+    "--adam_beta2 0.1 | --adam_epsilon 0.1 | --seed 1 | --data_seed 1 | --num_train_epochs 2 | "
+    "--per_device_train_batch_size 4 | --gradient_accumulation_steps 2 | --max_steps 3 | "
+    "--logging_steps 2 | --logging_steps 3 --logging_first_step True | --logging_strategy epoch",
+    "learning_rate": "--learning_rate 1e-3 | --lr_scheduler_type linear | --warmup_steps 2 | "
+    '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":0.5} | '
+    f"--lr_scheduler_type reduce_lr_on_plateau {STEPS} 1 --lr_scheduler_kwargs "
+    '{"patience":0,"threshold":10}',
+    "eval_loss": f"{STEPS} 2 | --eval_strategy epoch | {STEPS} 1 --eval_delay 3",
+    "checkpoints": "--save_strategy epoch | --save_strategy steps --save_steps 1 | "
+    "--save_strategy steps --save_steps 1 --save_total_limit 0",
+    "": "--gradient_checkpointing False | --activation_checkpointing False | --use_cpu True | "
+    "--dataloader_num_workers 2 --per_device_eval_batch_size 1 "
+    "--torch_empty_cache_steps 1 --remove_unused_columns False --label_names x --use_cache True",
 }
 
 
-def assert_one_line(result) -> str:
-    code, out, err = result
-    assert (code, out) == (2, "")
-    assert err.endswith("\n") and err.count("\n") == 1 and "error: " in err
-    return err
+@pytest.mark.slow
+@pytest.mark.parametrize("what", EFFECTS)
+def test_each_flag_has_its_effect(what, untied_model_dir, train, tmp_path):
+    """A flag that works changes what it is for; one that has no effect changes nothing."""
+    for split, rows in (("train", 8), ("validation", 3)):
+        lines = (ROOT / "data" / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines[:rows]))
+    usual = "save_strategy no per_device_train_batch_size 2 gradient_accumulation_steps 1 "
 
+    def run(flags: str) -> dict:
+        words, folder = (usual + flags.replace("--", "")).split(), tmp_path / f"outputs{flags}"
+        seen = train(untied_model_dir, tmp_path, folder, **dict(zip(words[::2], words[1::2])))
+        logs, names = seen.trainer.state.log_history, ("loss", "learning_rate", "eval_loss")
+        found = {name: [(log["step"], log[name]) for log in logs if name in log] for name in names}
+        return found | {"checkpoints": sorted(path.name for path in folder.glob("checkpoint-*"))}
 
-@pytest.mark.parametrize("argv, word", WRONG_FLAGS.values(), ids=WRONG_FLAGS)
-def test_a_wrong_flag_is_one_line(argv, word, run_main):
-    """A wrong argument ends the run with exit code 2 and one line that names it."""
-    assert word in assert_one_line(run_main(*argv))
-
-
-@pytest.mark.parametrize("text", WRONG_FILES.values(), ids=WRONG_FILES)
-def test_a_wrong_file_of_arguments_is_one_line(text, run_main, tmp_path):
-    """A file of arguments that is broken or holds a wrong one is answered as a wrong flag is."""
-    path = tmp_path / "run.json"
-    path.write_text(text)
-    assert_one_line(run_main(path))
-
-
-def test_help_shows_names_and_defaults(run_main):
-    """--help lists the script's own arguments with their defaults, and exits 0."""
-    code, out, err = run_main("--help")
-    assert (code, err) == (0, "")
-    for name in ("--max_len", "--overflow_strategy", "--tokens_per_forward", "--learning_rate"):
-        assert name in out
-    assert "8192" in out and "1e-05" in out
-
-
-def assert_sentence(result) -> str:
-    code, _, err = result
-    assert code == 1 and "Traceback" not in err
-    assert err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
-def test_no_gpu_for_the_default_model(run_main):
-    """Without a GPU the 7B is refused at once, with the command that works here."""
-    begun = time.monotonic()
-    assert "python sft_qwen2.py data/tiny.json" in assert_sentence(run_main())
-    assert time.monotonic() - begun < 5
-
-
-def test_that_command_names_files_that_are_there():
-    """The arguments of the stand-in command exist, and are understood."""
-    args, _ = parse(ROOT / "data" / "tiny.json")
-    assert (ROOT / args.model_name_or_path / "model.safetensors").exists()
-    assert (ROOT / args.data_path / "train.jsonl").exists()
-
-
-def test_a_model_that_is_not_there(run_main, tmp_path):
-    """A model neither here nor on the hub is one sentence that says how to get one."""
-    for name in ("no-such/model", tmp_path / "missing", tmp_path):
-        argv = ["--model_name_or_path", name, "--data_path", ROOT / "data", "--report_to", "none"]
-        message = assert_sentence(run_main(*argv, "--output_dir", tmp_path / "outputs"))
-        assert str(name) in message and "download" in message
-
-
-@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"use_sliding_window": True}])
-def test_a_model_of_another_kind(config, run_main, tiny_model_dir, tmp_path):
-    """A checkpoint that is no Qwen2 with full attention is refused before data is read."""
-    whole = json.loads((tiny_model_dir / "config.json").read_text())
-    del whole["layer_types"]
-    (tmp_path / "config.json").write_text(json.dumps(whole | config))
-    argv = ["--model_name_or_path", tmp_path, "--data_path", "missing", "--report_to", "none"]
-    assert "Qwen2" in assert_sentence(run_main(*argv))
-
-
-# ---- The process --------------------------------------------------------------------------------
-IMPORT = """
-import sys, logging, warnings
-before = (list(logging.root.handlers), list(warnings.filters), list(sys.argv))
-import sft_qwen2
-assert before[0::2] == (list(logging.root.handlers), list(sys.argv))
-heavy = [m for m in ("accelerate", "datasets", "wandb", "transformers.trainer") if m in sys.modules]
-assert not heavy, heavy
-"""
-
-
-def test_importing_has_no_effect(tmp_path):
-    """Importing the script prints and writes nothing, and loads neither Trainer nor accelerate."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    argv, options = [sys.executable, "-c", IMPORT], {"capture_output": True, "text": True}
-    done = subprocess.run(argv, cwd=tmp_path, env=env, **options, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
-
-
-def run_at_a_terminal(folder, *flags) -> tuple[int, str]:
-    """Return (exit code, output) of the script at a terminal of 80 columns, as a new user's."""
-    argv = [sys.executable, ROOT / "sft_qwen2.py", *flags]
-    env = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
-    env |= {"HOME": str(folder), "TERM": "xterm"}
-    ours, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    process = subprocess.Popen([str(arg) for arg in argv], cwd=ROOT, env=env, **streams)
-    os.close(terminal)
-    output = b""
-    try:
-        while block := os.read(ours, 65536):
-            output += block
-    except OSError:  # Linux's end of file at a terminal
-        pass
-    return process.wait(timeout=60), output.decode()
-
-
-def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
-    """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
-    data = write_rows([{"query": "q", "answer": "a"}])
-    argv = ["--model_name_or_path", untied_model_dir, "--data_path", data, "--save_strategy", "no"]
-    code, output = run_at_a_terminal(tmp_path, *argv, "--output_dir", tmp_path / "outputs")
-    assert code == 0, output
-    assert "offline" in output and "wandb sync" in output
-    assert "(1) Create" not in output and "Enter your choice" not in output
-    assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
-    assert "\033[32ma<|im_end|>\033[0m" in output  # what is trained stands in green
-    assert "Traceback" not in output
-
-
-def test_the_console_is_quiet(tmp_path):
-    """The second run of the stand-in: one bar that fits, 40 lines at most, none of them noise."""
-    flags = ["data/tiny.json", "--max_steps", "12", "--logging_steps", "1"]
-    for name in ("first", "second"):
-        code, output = run_at_a_terminal(tmp_path, *flags, "--output_dir", tmp_path / name)
-    assert code == 0, output
-    lines = output.replace("\r\n", "\n").split("\n")
-    bars = [line for line in lines if "12/12" in line]  # one line: redrawn, never torn
-    assert len(bars) == 1 and max(map(len, bars[0].split("\r"))) <= 80
-    assert "loss=" in bars[0] and "tokens_per_s=" in bars[0]
-    assert len(lines) <= 40, output  # and the painted example is among them
-    assert not re.search("warn|deprecat|Traceback|error", output, flags=re.I)
-
-
-# ---- The source ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", SCRIPTS, ids=[path.name for path in SCRIPTS])
-def test_the_source_stays_readable(path):
-    """No function is over 50 lines, and no line over 100 columns that could be broken."""
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
-        assert len(line) <= 100 or " " not in line.strip(), f"{path.name}:{number}"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
+    before = run("--learning_rate 1e-2")
+    for flags in EFFECTS[what].split(" | "):
+        after = run(f"--learning_rate 1e-2 {flags}")
+        assert after[what] != before[what] if what else after == before, flags

@@ -8,7 +8,6 @@ import torch
 import transformers
 from conftest import ROOT
 
-import sft_qwen2
 from sft.rows import IGNORE_INDEX, parse_row
 from sft_qwen2 import bin_rows, collate, encode, flatten, load_model
 

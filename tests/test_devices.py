@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft_qwen2
+from sft import memory_plan
+from sft.callbacks import StopOnSignal
 
 TOKENS = 200  # of a micro-batch, at most
 CAPABILITY = {"bf16": (9, 0), "fp16": (7, 0), "fp32": (9, 0)}
@@ -159,7 +161,7 @@ def test_no_tensor_meets_one_of_another_gpu(compute, tied, recompute, first_gpu,
     args, training_args = sft_qwen2.parse_arguments(
         argv, sft_qwen2.ScriptArguments, sft_qwen2.TRAINING_DEFAULTS
     )
-    precision = sft_qwen2.choose_precision(CAPABILITY[compute], compute == "fp32")
+    precision = memory_plan.choose_precision(CAPABILITY[compute], compute == "fp32")
     config = transformers.Qwen2Config(
         hidden_size=256,
         intermediate_size=512,
@@ -180,7 +182,9 @@ def test_no_tensor_meets_one_of_another_gpu(compute, tied, recompute, first_gpu,
             config, dtype=precision.weights, attn_implementation="row_attention"
         )
         dispatch(model, device_map)
-        trainer = sft_qwen2.build_trainer(model, None, args, training_args, rows, precision, plan)
+        trainer = sft_qwen2.build_trainer(
+            model, None, args, training_args, rows, precision, plan, StopOnSignal()
+        )
         if compute == "fp16":
             trainer.accelerator.native_amp = True
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu")

@@ -16,8 +16,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import sft_qwen2
-
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ROWS = 10, 8  # rows of an optimizer step, of all processes together
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import ROOT
 
-from sft.rows import IGNORE_INDEX, parse_row, read_rows
+from sft.rows import IGNORE_INDEX, parse_row
 from sft_qwen2 import encode, load_tokenizer
 
 # 230 rows at 64 a step: three full steps and a rest of 38, twice.
@@ -199,6 +199,7 @@ import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+dtype = model.dtype
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 answers = []
 for query in json.loads(sys.argv[3]):
@@ -208,7 +209,7 @@ for query in json.loads(sys.argv[3]):
     answers.append(tokenizer.decode(output[prompt["input_ids"].shape[1]:]))
 reference = torch.load(sys.argv[2])
 with torch.no_grad():
-    logits = model(reference["input_ids"]).logits.float()
+    logits = model.float()(reference["input_ids"]).logits
 print(json.dumps({
     "answers": answers,
     "difference": (logits - reference["logits"]).abs().max().item(),
@@ -216,7 +217,7 @@ print(json.dumps({
     "model_type": model.config.model_type,
     "use_cache": model.config.use_cache,
     "eos": model.generation_config.eos_token_id,
-    "dtype": str(model.dtype),
+    "dtype": str(dtype),
     "attention": model.config._attn_implementation,
     "modules": [name for name in sys.modules if "sft_qwen2" in name],
 }))
@@ -234,7 +235,7 @@ def test_the_export_is_served_as_it_was_trained(train, tiny_model_dir, write_row
     tokenizer = load_tokenizer(str(tiny_model_dir), system_prompt)
     ids = torch.tensor([encode(parse_row(OVERFIT[0], system_prompt), tokenizer)["input_ids"]])
     with torch.no_grad():  # in the format of the base model's files, which is the export's
-        logits = run.trainer.model.bfloat16().eval()(ids).logits.float()
+        logits = run.trainer.model.bfloat16().float().eval()(ids).logits.float()
     torch.save({"input_ids": ids, "logits": logits}, tmp_path / "reference.pt")
     queries = json.dumps([row["query"] for row in OVERFIT])
     argv = [sys.executable, "-c", SERVE, output_dir, tmp_path / "reference.pt", queries]

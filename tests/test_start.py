@@ -1,0 +1,133 @@
+"""What is said to the user before and while a run begins, and the budgets of the source."""
+
+import ast
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [ROOT / name for name in ("sft_qwen2.py", "sft/arguments.py", "token_stats.py")]
+
+
+def assert_sentence(result) -> str:
+    code, _, err = result
+    assert code == 1 and "Traceback" not in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_no_gpu_for_the_default_model(run_main):
+    """Without a GPU the 7B is refused at once, with the command that works here."""
+    begun = time.monotonic()
+    assert "python sft_qwen2.py data/tiny.json" in assert_sentence(run_main())
+    assert time.monotonic() - begun < 5
+
+
+def test_that_command_names_files_that_are_there():
+    """The arguments of the stand-in command exist."""
+    values = json.loads((ROOT / "data" / "tiny.json").read_text())
+    assert (ROOT / values["model_name_or_path"] / "model.safetensors").exists()
+    assert (ROOT / "data" / "train.jsonl").exists()
+
+
+def test_a_model_that_is_not_there(run_main, tmp_path):
+    """A model neither here nor on the hub is one sentence that says how to get one."""
+    for name in ("no-such/model", tmp_path / "missing", tmp_path):
+        argv = ["--model_name_or_path", name, "--data_path", ROOT / "data", "--report_to", "none"]
+        message = assert_sentence(run_main(*argv, "--output_dir", tmp_path / "outputs"))
+        assert str(name) in message and "download" in message
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"use_sliding_window": True}])
+def test_a_model_of_another_kind(config, run_main, tiny_model_dir, tmp_path):
+    """A checkpoint that is no Qwen2 with full attention is refused before data is read."""
+    whole = json.loads((tiny_model_dir / "config.json").read_text())
+    del whole["layer_types"]
+    (tmp_path / "config.json").write_text(json.dumps(whole | config))
+    argv = ["--model_name_or_path", tmp_path, "--data_path", "missing", "--report_to", "none"]
+    assert "Qwen2" in assert_sentence(run_main(*argv))
+
+
+# ---- The process --------------------------------------------------------------------------------
+IMPORT = """
+import sys, logging, warnings
+before = (list(logging.root.handlers), list(warnings.filters), list(sys.argv))
+import sft_qwen2
+assert before[0::2] == (list(logging.root.handlers), list(sys.argv))
+heavy = [m for m in ("accelerate", "datasets", "wandb", "transformers.trainer") if m in sys.modules]
+assert not heavy, heavy
+"""
+
+
+def test_importing_has_no_effect(tmp_path):
+    """Importing the script prints and writes nothing, and loads neither Trainer nor accelerate."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    argv, options = [sys.executable, "-c", IMPORT], {"capture_output": True, "text": True}
+    done = subprocess.run(argv, cwd=tmp_path, env=env, **options, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_at_a_terminal(folder, *flags) -> tuple[int, str]:
+    """Return (exit code, output) of the script at a terminal of 80 columns, as a new user's."""
+    argv = [sys.executable, ROOT / "sft_qwen2.py", *flags]
+    env = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(folder), "TERM": "xterm"}
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen([str(arg) for arg in argv], cwd=ROOT, env=env, **streams)
+    os.close(terminal)
+    output = b""
+    try:
+        while block := os.read(ours, 65536):
+            output += block
+    except OSError:  # Linux's end of file at a terminal
+        pass
+    return process.wait(timeout=60), output.decode()
+
+
+def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
+    """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
+    data = write_rows([{"query": "q", "answer": "a"}])
+    argv = ["--model_name_or_path", untied_model_dir, "--data_path", data, "--save_strategy", "no"]
+    code, output = run_at_a_terminal(tmp_path, *argv, "--output_dir", tmp_path / "outputs")
+    assert code == 0, output
+    assert "offline" in output and "wandb sync" in output
+    assert "(1) Create" not in output and "Enter your choice" not in output
+    assert list((tmp_path / "outputs" / "wandb").glob("offline-run-*"))
+    assert "\033[32ma<|im_end|>\033[0m" in output  # what is trained stands in green
+    assert "Traceback" not in output
+
+
+def test_the_console_is_quiet(tmp_path):
+    """The second run of the stand-in: one bar that fits, 40 lines at most, none of them noise."""
+    flags = ["data/tiny.json", "--max_steps", "12", "--logging_steps", "1"]
+    for name in ("first", "second"):
+        code, output = run_at_a_terminal(tmp_path, *flags, "--output_dir", tmp_path / name)
+    assert code == 0, output
+    lines = output.replace("\r\n", "\n").split("\n")
+    bars = [line for line in lines if "12/12" in line]  # one line: redrawn, never torn
+    assert len(bars) == 1 and max(map(len, bars[0].split("\r"))) <= 80
+    assert "loss=" in bars[0] and "tokens_per_s=" in bars[0]
+    assert len(lines) <= 40, output  # and the painted example is among them
+    assert not re.search("warn|deprecat|Traceback|error", output, flags=re.I)
+
+
+# ---- The source ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.name for path in SCRIPTS])
+def test_the_source_stays_readable(path):
+    """No function is over 50 lines, and no line over 100 columns that could be broken."""
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        assert len(line) <= 100 or " " not in line.strip(), f"{path.name}:{number}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name}"
