@@ -329,9 +329,13 @@ def test_model_on_device(device, tmp_path):
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).save_pretrained(tmp_path)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = sft_qwen2.load_model(tmp_path, dtype).to(device)
-    options = {"dtype": dtype, "attn_implementation": "eager"}
-    plain = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, **options).double().to(device)
+    options = {"dtype": dtype, "device_map": device}
+    model = sft_qwen2.model_class().from_pretrained(
+        tmp_path, attn_implementation="row_attention", **options
+    )
+    plain = transformers.Qwen2ForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", **options
+    ).double()
     ids = [np.random.default_rng(n).integers(0, 2048, n) for n in (3, 90, 41)]
     batch = sft_qwen2.flatten([{"input_ids": row, "labels": row} for row in ids])
     batch |= {name: x.to(device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
