@@ -16,12 +16,13 @@ in bf16, with AdamW, 8-bit state and stochastic rounding, and gradient checkpoin
     TRL                             SFTTrainer, padded batches: of 4 or 16 short rows, of 1 long row
     TRL, Liger kernels              the same, with use_liger_kernel
 
-Each is a process of its own, and makes the model anew for each kind of rows. One step warms up: in
-it the optimizer compiles, and its state is made. Tokens and FLOPs are those of the rows, not of
-padding. MFU is sft.memory_plan.training_flops over the data sheet's peak; what checkpointing does
-twice is not in it, but in "layer passes". "Peak" is torch.cuda.max_memory_allocated of the timed
-steps, "reserved" what the allocator took for it, "planned" the plan for the largest micro-batch.
-A first-step loss that differs by over 1e-3, or another number of trained tokens: a run is VOID.
+Each is a process of its own, with expandable segments, and makes the model anew for each kind of
+rows. One step warms up: in it the optimizer compiles, and its state is made. Tokens and FLOPs are
+those of the rows, not of padding. MFU is sft.memory_plan.training_flops over the data sheet's peak;
+what checkpointing does twice is not in it, but in "layer passes". "Peak" is
+torch.cuda.max_memory_allocated of the timed steps, "reserved" what the allocator took for it,
+"planned" the plan for the largest micro-batch. A first-step loss that differs by over 1e-3, or
+another number of trained tokens: a run is VOID.
 
 It ends within --minutes, and what was measured until then is in benchmarks/results/<GPU>.json;
 --show prints the tables of such a file. Exit code 1: something is wrong, VOID, or broke. Without a
@@ -296,12 +297,13 @@ def start_worker(contender: str, tiny: bool, seconds: float) -> tuple[list[dict]
 
     `seconds`: it is killed after them.
     """
-    one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ
+    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command, problem = [sys.executable, __file__, "--worker", contender] + ["--tiny"] * tiny, None
     if contender == "numerics":
         command = [*NUMERICS, "gpu" if torch.cuda.is_available() else "not gpu"]
     with tempfile.TemporaryFile("w+") as out:
-        options = {"stdout": out, "stderr": out, "env": os.environ | one_gpu, "cwd": ROOT}
+        options = {"stdout": out, "stderr": out, "env": environment, "cwd": ROOT}
         try:
             code = subprocess.run(command, timeout=seconds, **options).returncode
         except subprocess.TimeoutExpired:
