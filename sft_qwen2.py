@@ -46,7 +46,7 @@ from transformers.hf_argparser import HfArg
 
 from sft import answers, callbacks, memory_plan, model_folder, numerics, run_folder
 from sft.arguments import parse_arguments, with_optim
-from sft.memory_plan import GIB, rows_per_step
+from sft.memory_plan import GIB, Plan, rows_per_step
 from sft.rows import (
     IGNORE_INDEX,
     IM_END,
@@ -171,14 +171,10 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
 class StepSampler(torch.utils.data.Sampler):
-    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch.
+    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch."""
 
-    None from `max_steps` on: Trainer would add a step to a finished run that is resumed.
-    """
-
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int, max_steps: int, epochs: float):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
         self.num_rows, self.rows_per_step, self.seed, self.epoch = num_rows, rows_per_step, seed, 0
-        self.max_steps = max_steps if max_steps > 0 else math.ceil(epochs * len(self))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -188,8 +184,8 @@ class StepSampler(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = torch.Generator().manual_seed(self.seed + self.epoch)
-        steps = torch.randperm(self.num_rows, generator=order).split(self.rows_per_step)
-        yield from (step.tolist() for step in steps[: self.max_steps - self.epoch * len(self)])
+        for step in torch.randperm(self.num_rows, generator=order).split(self.rows_per_step):
+            yield step.tolist()
 
 
 def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
@@ -306,35 +302,24 @@ def model_class():
 class StepTrainer:
     """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
 
-    `plan` says how many tokens a micro-batch may have; `stochastic`: AdamW with 8-bit state, and
-    random rounding of bf16 weights.
+    `plan` says how many tokens a micro-batch may have, and up to how many nothing is recomputed.
     """
 
-    def __init__(
-        self, model, args, plan: memory_plan.Plan, max_len: int, rows_per_step: int, **kwargs
-    ):
+    def __init__(self, model, args, plan: Plan, max_len: int, rows_per_step: int, **kwargs):
         super().__init__(model, args, data_collator=list, **kwargs)
         self.max_len, self.rows_per_step = max_len, rows_per_step
         self.tokens_per_forward = plan.tokens_per_forward
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
         self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
         self.step_rows = []
-        self.since = time.time()  # the last log, and since then:
-        self.num_tokens = self.num_trained_tokens = self.flops = 0
+        self.since, self.num_tokens, self.flops = time.time(), 0, 0  # of the steps not yet logged
 
     def get_train_dataloader(self):
         """Return the loader of steps: lists of rows, the same in all processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = StepSampler(
-            len(self.train_dataset),
-            self.rows_per_step,
-            seed,
-            self.args.max_steps,
-            self.args.num_train_epochs,
-        )
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=list
-        )
+        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, seed)
+        options = {"batch_sampler": sampler, "collate_fn": list}
+        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
         loader.set_epoch = sampler.set_epoch  # Trainer calls it
         return loader
 
@@ -362,6 +347,8 @@ class StepTrainer:
     def training_step(self, model, rows, num_items_in_batch=None):
         """Run a step's micro-batches forward and backward, and return its loss."""
         model.train()
+        if self.num_tokens == 0:  # what came since the last log is no part of the steps' time
+            self.since = time.time()
         # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
         skipped = self.accelerator.optimizer_step_was_skipped
         self.skipped_steps = self.skipped_steps + 1 if skipped else 0
@@ -369,13 +356,14 @@ class StepTrainer:
         loss_sum = self.run_smaller_until_it_fits(self.forward_backward, rows)
         step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
         # Exactly 0 is what wrong labels and overflown logits look like.
-        if not math.isfinite(step_loss) or step_loss == 0 or self.skipped_steps > MAX_SKIPPED:
-            raise self.broken_step(f"its loss is {step_loss}, {self.skipped_steps} steps skipped")
+        if not math.isfinite(step_loss) or step_loss == 0:
+            raise self.broken_step(f"its loss is {step_loss}")
+        if self.skipped_steps > MAX_SKIPPED:
+            raise self.broken_step(f"{self.skipped_steps} steps had infinite gradients in fp16")
         lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
         self.num_tokens += lengths.sum()
-        self.flops += memory_plan.training_flops(
-            self.model.config, self.model.num_parameters(), lengths
-        )
+        num_parameters = self.model.num_parameters()
+        self.flops += memory_plan.training_flops(self.model.config, num_parameters, lengths)
         return loss_sum
 
     def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
@@ -394,7 +382,6 @@ class StepTrainer:
                 loss = self.model_wrapped(**batch, num_items_in_batch=divisor)["loss"]
                 self.accelerator.backward(loss)
             loss_sum += loss.detach()
-        self.num_trained_tokens += trained_tokens
         return loss_sum
 
     def choose_checkpointing(self, tokens: int) -> None:
@@ -455,23 +442,20 @@ class StepTrainer:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
-        began, loss_sum, token_sum = time.time(), 0.0, 0
+        loss_sum, token_sum = 0.0, 0
         self.model.eval()
-        rows, size = self.eval_dataset, self.rows_per_step
-        steps = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+        first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for step in tqdm.auto.tqdm(steps, "eval", leave=False, disable=quiet):
-            step_loss, tokens = self.run_smaller_until_it_fits(
-                self.forward_loss, [rows[i] for i in step]
-            )
+        for first in tqdm.auto.tqdm(first_rows, "evaluation", leave=False, disable=quiet):
+            end = min(first + self.rows_per_step, len(self.eval_dataset))
+            rows = [self.eval_dataset[i] for i in range(first, end)]
+            step_loss, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
             loss_sum, token_sum = loss_sum + step_loss, token_sum + tokens
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
-        self.since += time.time() - began  # no part of the steps' time
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        state = (self.args, self.state, self.control)
+        self.control = self.callback_handler.on_evaluate(*state, metrics)
         return metrics
 
     def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
@@ -485,13 +469,12 @@ class StepTrainer:
         if "loss" in logs:
             seconds = time.time() - self.since
             logs["tokens_per_s"] = round(self.num_tokens / seconds)
-            logs["trained_tokens_per_s"] = round(self.num_trained_tokens / seconds)
             if self.args.device.type == "cuda":
                 if peak := memory_plan.peak_tflops(torch.cuda.get_device_name()):
                     logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
-            self.since, self.num_tokens, self.num_trained_tokens, self.flops = time.time(), 0, 0, 0
+            self.num_tokens, self.flops = 0, 0
         super().log(logs, start_time)
 
 
@@ -510,15 +493,14 @@ def trainer_arguments(script_args, training_args, precision, rows: dict):
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     if args.fsdp:  # accelerate's own policy would sum gradients in half precision
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy
-        policy = policy(precision.compute_dtype, reduce_dtype=torch.float32)
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(precision.compute_dtype, reduce_dtype=torch.float32)
         args.fsdp_plugin_args["mixed_precision_policy"] = policy
     return args
 
 
-def build_trainer(
-    model, tokenizer, script_args, training_args, rows, precision, plan, stop_on_signal
-):
+def build_trainer(model, tokenizer, script_args, training_args, rows, precision, plan, stop):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
@@ -526,18 +508,14 @@ def build_trainer(
     optimizer = None  # Trainer's own of this name
     if precision.optim == "adamw_torch_8bit":
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        options |= {
-            "eps": args.adam_epsilon,
-            "seed": args.seed * args.world_size + args.process_index,
-        }
-        options["bf16_stochastic_round"] = precision.weights == torch.bfloat16
+        options |= {"eps": args.adam_epsilon, "bf16_stochastic_round": True}  # if weights are bf16
+        options["seed"] = args.seed + args.process_index  # of the rounding
         optimizer = (numerics.adamw_8bit_class(), options)
-    hooks = [callbacks.MetricsLog(), stop_on_signal]
+    hooks = [callbacks.MetricsLog(), stop]
     if script_args.early_stopping_patience:
         hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    trainer = type(
-        "SFTTrainer", (StepTrainer, run_folder.WholeCheckpoints, transformers.Trainer), {}
-    )(
+    bases = (StepTrainer, run_folder.WholeCheckpoints, transformers.Trainer)
+    trainer = type("SFTTrainer", bases, {})(  # here: importing Trainer takes seconds
         model,
         args,
         plan,
@@ -571,9 +549,6 @@ def make_plan(config, args, training_args, rows) -> tuple:
     lengths = rows["num_tokens"][:].clip(max=args.max_len)
     capacities, capability = memory_plan.find_devices(args.gpus, training_args)
     precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
-    compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
-    formats = f"{compute} over {weights} weights, {precision.optim}"
-    print(f"precision  {formats} ({'assumed ' * bool(args.gpus)}{precision.reason})")
     # Processes on the CPU have all weights each.
     shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
     job, longest = memory_plan.Job(config, precision, capacities, shards), int(lengths.max())
@@ -586,7 +561,7 @@ def make_plan(config, args, training_args, rows) -> tuple:
 def run(args: ScriptArguments, training_args) -> int:
     """Read, encode, plan, train, export; return the exit code. Raises UserError."""
     if not args.gpus:
-        memory_plan.check_devices(training_args)
+        memory_plan.check_machine(training_args)
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
     config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)

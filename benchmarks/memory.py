@@ -54,6 +54,7 @@ from sft.memory_plan import (
     choose_precision,
     device_loads,
     parse_gpus,
+    place,
     plan_memory,
 )
 
@@ -131,8 +132,7 @@ def shard(model, precision: Precision, mesh):
     return fsdp2_prepare_model(accelerator, model)
 
 
-def make_batch(tokens: int, usual: bool) -> dict:
-    rows = max(1, tokens // ROW)
+def make_batch(tokens: int, rows: int, usual: bool) -> dict:
     if usual:
         ids = torch.empty(rows, tokens // rows, dtype=torch.int64)
         return {"input_ids": ids, "labels": ids}
@@ -226,7 +226,7 @@ class Recorder(TorchDispatchMode):
             yield
 
 
-def record(config, tokens: int, precision: Precision, checkpointing: bool, shards: int = 1):
+def record(config, tokens: int, precision: Precision, checkpointing: bool, shards=1, rows=1):
     """Return .weights and .state (bytes of each parameter and of all AdamW state), .first, .later.
 
     These are the events of two micro-batches, the second of which finds gradients.
@@ -252,7 +252,7 @@ def record(config, tokens: int, precision: Precision, checkpointing: bool, shard
         with recorder, kernels, recorder.watching_sizes():
             for _ in range(2):
                 with autocast:
-                    loss = model(**make_batch(tokens, usual))["loss"]
+                    loss = model(**make_batch(tokens, rows, usual))["loss"]
                 loss.backward()
                 loss = None
                 found.append(recorder.events.copy())
@@ -454,7 +454,7 @@ def simulate(job: Job, plan, traces: dict, kind: str) -> dict:
 def beside_the_usual_way(name: str) -> list[dict]:
     found = []
     for way, precision in (("this trainer", BF16), ("usual", USUAL)):
-        trace = record(make_config(name), 4 * ROW, precision, checkpointing=True)
+        trace = record(make_config(name), 4 * ROW, precision, checkpointing=True, rows=4)
         peak, weights = peak_bytes(trace), sum(trace.weights)
         sizes = {"weights": weights, "gradients": weights, "optimizer": trace.state}
         sizes |= {"activations": peak - sum(sizes.values()), "peak": peak}
@@ -467,9 +467,11 @@ def beside_the_usual_way(name: str) -> list[dict]:
 def compare(name: str, tokens: int, precision: Precision, checkpointing: bool, shards: int) -> dict:
     """Return the peak as recorded and by the formula; without the update, which is not recorded."""
     config = make_config(name)
-    traced = peak_bytes(record(config, tokens, precision, checkpointing, shards))
+    traced = peak_bytes(
+        record(config, tokens, precision, checkpointing, shards, max(1, tokens // ROW))
+    )
     job = Job(config, precision._replace(optim="recorded without"), [0], shards)
-    formula = device_loads(job, tokens, None, checkpointing)[0]
+    (formula,) = device_loads(job, tokens, place(job, tokens)[:1], checkpointing)
     compute, weights = (str(x).removeprefix("torch.") for x in precision[1::-1])
     case = {"model": name, "tokens": tokens, "compute": compute, "weights": weights}
     case |= {"kept": "inputs" if checkpointing else "all", "processes": shards}

@@ -1,5 +1,6 @@
 """What happens around the steps: signals, logs, wandb, a console that goes away."""
 
+import io
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from sft.run_folder import replace_text, saved_so_far
 # ---- The console --------------------------------------------------------------------------------
 def quiet_libraries() -> None:
     """Leave the console to what the user must know; what fails still raises."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console in GBK cannot write all of a row
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Of kernels for other machines, and of each try to reach the hub.
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):

@@ -1,7 +1,4 @@
-"""Number formats, what a training step needs of each GPU, and which GPU holds what: arithmetic.
-
-benchmarks/memory.py holds it against recorded steps. Sizes are in bytes.
-"""
+"""Number formats, what a training step needs of each GPU, and which GPU holds what, in bytes."""
 
 import bisect
 import itertools
@@ -20,18 +17,15 @@ from sft.rows import UserError
 
 GIB = 2**30
 GPUS = r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*(:(bf16|fp16))?"  # 4x80: number x GB
-
-LOGIT_SIZE = {2: 8, 4: 4}  # of numbers of 2 bytes: one in fp32, and two casts
 WORKSPACES, NCCL = 0.5 * GIB, 0.6 * GIB  # of kernels, and of messages between processes
 USABLE = 0.95  # of what these leave free: the rest is for gaps (expandable segments: few)
 MIN_CAPABILITY = {torch.bfloat16: (8, 0), torch.float16: (7, 0)}  # compute capability
 STATE_8BIT = 2 * (1 + 4 / 128)  # bytes of AdamW state: two codes, and a scale for each 128 of them
 MAX_TOKENS_CPU = 2048  # a micro-batch of more is slower: caches hold less of it
 MIN_TOKENS_GPU = 4096  # a micro-batch of fewer leaves a GPU idle more than computing twice does
-# TFLOP/s of dense half-precision products, by the vendor. The first in a GPU's full name counts.
+# TFLOP/s of dense half-precision products, by the vendor: the first in a GPU's full name counts.
 PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "H20": 148}
 PEAK_TFLOPS |= {"A100": 312, "A800": 312, "L40S": 362, "A6000": 155, "V100": 125, "T4": 65}
-TYPICAL_MFU = 0.4
 
 
 # ---- Devices and precision ----------------------------------------------------------------------
@@ -52,78 +46,67 @@ def choose_precision(capability: tuple | None, fp32: bool) -> Precision:
     """
     if capability is None:
         return Precision(torch.float32, torch.float32, "adamw_torch_fused", 16, "no GPU")
-    ampere = capability >= MIN_CAPABILITY[torch.bfloat16]
-    compute_dtype = torch.bfloat16 if ampere else torch.float16
-    reason = "compute capability {}.{}".format(*capability)
-    if fp32:
-        return Precision(torch.float32, compute_dtype, "adamw_torch_fused", 16, f"{reason}, --fp32")
-    weights = torch.bfloat16 if ampere else torch.float32
-    size = 2 * weights.itemsize + STATE_8BIT
-    return Precision(weights, compute_dtype, "adamw_torch_8bit", size, reason)
+    compute_dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    weights = torch.float32 if fp32 or compute_dtype == torch.float16 else torch.bfloat16
+    optim, state = ("adamw_torch_fused", 8) if fp32 else ("adamw_torch_8bit", STATE_8BIT)
+    reason = "compute capability {}.{}".format(*capability) + ", --fp32" * fp32
+    return Precision(weights, compute_dtype, optim, 2 * weights.itemsize + state, reason)
 
 
-def check_gpus(capabilities: list[tuple], arch_list: list[str], lone_process: bool) -> None:
-    """Raise UserError where PyTorch has no kernels for a GPU, or accelerate refuses the process.
+def check_devices(kind: str, gpus: list, arch_list: list, alone: bool, cuda: str, driver: str):
+    """Raise UserError where this machine's GPUs are there, but could not be trained on.
 
-    `arch_list`: torch.cuda.get_arch_list(): sm_80 is for 8.0 to 8.9, compute_80 for all from 8.0.
-    `lone_process`: whether torchrun started this one alone.
+    `kind`: of the chosen device. `gpus`: their compute capabilities. `arch_list`: PyTorch's, whose
+    sm_80 is for 8.0 to 8.9, and compute_80 for all from 8.0. `alone`: torchrun started one process.
     """
-    for major, minor in capabilities:
+    if kind == "mps":
+        raise UserError("Apple GPUs are untested, and not used: add --use_cpu")
+    if kind == "cpu" and cuda and driver:
+        remedy = "update it (CUDA 13 needs 580), install PyTorch for an older CUDA, or --use_cpu"
+        raise UserError(f"PyTorch for CUDA {cuda} sees no GPU by NVIDIA driver {driver}: {remedy}")
+    for major, minor in gpus:
         usable = {f"sm_{major}{older}" for older in range(minor + 1)}
         usable |= {f"compute_{older}" for older in range(50, 10 * major + minor + 1)}
         if not usable & set(arch_list):
-            gpu = f"no kernels for a GPU of compute capability {major}.{minor}"
+            found = f"PyTorch has no kernels for a GPU of compute capability {major}.{minor}"
             remedy = "install a build with them (a V100: the one for CUDA 12.6; see README)"
-            raise UserError(f"PyTorch has {gpu}, only {' '.join(arch_list)}: {remedy}")
-    if lone_process and (gpus := len(capabilities)) > 1:
-        remedy = f"--nproc_per_node {gpus}, or for one of them CUDA_VISIBLE_DEVICES=0 python"
-        raise UserError(f"torchrun --nproc_per_node 1 sees {gpus} GPUs: use {remedy}")
+            raise UserError(f"{found}, only {' '.join(arch_list)}: {remedy}")
+    if alone and len(gpus) > 1:
+        raise UserError(
+            "torchrun for one of several GPUs: use --nproc_per_node gpu, or no torchrun"
+        )
 
 
-def check_driver(cuda: str | None, is_available: bool, driver: str | None) -> None:
-    """Raise UserError where a PyTorch built for CUDA cannot use the NVIDIA driver that is there."""
-    if cuda and driver and not is_available:
-        found = f"PyTorch, built for CUDA {cuda}, finds no GPU with NVIDIA driver {driver}"
-        remedy = "update it (CUDA 13 needs 580), install PyTorch for an older CUDA, or --use_cpu"
-        raise UserError(f"{found}: {remedy}")
-
-
-def check_devices(training_args) -> None:
-    """Raise UserError where this machine's GPUs are there, but could not be trained on."""
+def check_machine(training_args) -> None:
+    """Raise UserError as check_devices does, of this machine; --use_cpu needs no driver."""
     kind, file = training_args.device.type, Path("/proc/driver/nvidia/version")
-    if kind == "mps":  # its kernels for attention and loss were never compared with others
-        raise UserError("Apple GPUs are untested, and not used: add --use_cpu")
-    if kind == "cuda":
-        gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        alone = "LOCAL_RANK" in os.environ and training_args.world_size == 1
-        check_gpus(gpus, torch.cuda.get_arch_list(), alone)
+    gpus = range(torch.cuda.device_count() if kind == "cuda" else 0)
+    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
+    alone = "LOCAL_RANK" in os.environ and training_args.world_size == 1
     hidden = training_args.use_cpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if file.exists() and not hidden:
-        driver = re.search(r"\s(\d{3,}\.[\d.]+)", file.read_text())
-        check_driver(torch.version.cuda, torch.cuda.is_available(), driver and driver[1])
+    driver = re.search(r"\s(\d{3,}\.[\d.]+)", file.read_text() if file.exists() else "")
+    versions = (torch.version.cuda or "", driver[1] if driver and not hidden else "")
+    check_devices(kind, capabilities, torch.cuda.get_arch_list(), alone, *versions)
 
 
 def parse_gpus(gpus: str) -> tuple[list[float], tuple[int, int]]:
     """Return the free bytes of each GPU of a text like GPUS, and their least compute capability.
 
-    Of 80 "GB" 78.6 GiB are free: a card's total is about 0.99 of its name in GiB (79.2 of 80, 31.7
-    of 32, 23.7 of 24), and a CUDA context takes 0.6. Unless said, 16 and 32 GB are V100s (and T4).
+    Of 80 "GB" 78.6 GiB are free: a card has about 0.99 of its name in GiB (79.2 of 80, 31.7 of 32,
+    23.7 of 24), and a CUDA context takes 0.6. Unless said, 16 and 32 GB are V100s (and T4).
     """
     gpus, _, dtype = gpus.partition(":")
-    groups = [group.split("x") for group in gpus.split(",")]
-    sizes = [int(size) for number, size in groups for _ in range(int(number))]
+    sizes = [int(size) for n, size in re.findall(r"(\d+)x(\d+)", gpus) for _ in range(int(n))]
     old = dtype == "fp16" or (not dtype and {16, 32} & set(sizes))
-    free = [(0.99 * size - 0.6) * GIB for size in sizes]
-    return free, MIN_CAPABILITY[torch.float16 if old else torch.bfloat16]
+    return [(0.99 * size - 0.6) * GIB for size in sizes], (7, 0) if old else (8, 0)
 
 
 def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[int, int] | None]:
     """Return the free bytes of each device to plan for, and their least compute capability.
 
-    Of several processes each looks at its own device, and all plan for the one with the least:
-    they must cut a step into micro-batches in the same way.
+    All processes plan for the device with the least: they must cut a step in the same way.
     """
-    processes, device = training_args.world_size, training_args.device
+    processes = training_args.world_size
     if gpus:
         free, capability = parse_gpus(gpus)
         if processes not in (1, len(free)):
@@ -132,35 +115,38 @@ def find_devices(gpus: str | None, training_args) -> tuple[list[float], tuple[in
     import psutil  # comes with accelerate
     from accelerate.utils import gather_object
 
-    if device.type == "cuda":
-        ids = [device.index] if processes > 1 else range(torch.cuda.device_count())
+    if training_args.device.type == "cuda":
+        ids = [training_args.device.index] if processes > 1 else range(torch.cuda.device_count())
         capability = min(torch.cuda.get_device_capability(i) for i in ids)
         free = [torch.cuda.mem_get_info(i)[0] for i in ids]
     else:  # of the machine's memory, a tenth is for other programs
-        capability, neighbours = None, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = [0.9 * psutil.virtual_memory().available / neighbours]
+        free = 0.9 * psutil.virtual_memory().available
+        free, capability = [free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))], None
     if processes > 1:
         free = [min(gather_object(free))] * (processes if capability else 1)
         capability = capability and min(gather_object([capability]))
     return free, capability
 
 
-# ---- What a step needs --------------------------------------------------------------------------
+# ---- What a step needs: benchmarks/memory.py holds it against recorded steps ---------------------
 class Job(NamedTuple):
     config: object  # the model's
     precision: Precision
     capacities: list  # free bytes of each device
     num_shards: int  # processes that share the parameters (FSDP2); 1: each has what it trains
 
+    def over(self, n: int):  # this many processes, on GPUs like the smallest
+        return self._replace(num_shards=n, capacities=[min(self.capacities)] * n)
+
 
 def count_parameters(config) -> dict[str, int]:
     """Return the parameters of the "matrices" of a layer, a "layer", a "table", the "model"."""
-    hidden, tables = config.hidden_size, 1 if config.tie_word_embeddings else 2
+    hidden = config.hidden_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
     matrices = hidden * (2 * hidden + 2 * kv + 3 * config.intermediate_size)  # q o, k v, the MLP's
     layer = matrices + 3 * hidden + 2 * kv  # two norms, and biases of q, k and v
     table = config.vocab_size * hidden  # embedding or head
-    model = tables * table + layer * config.num_hidden_layers + hidden
+    model = table * (2 - config.tie_word_embeddings) + layer * config.num_hidden_layers + hidden
     return {"kv": kv, "matrices": matrices, "layer": layer, "table": table, "model": model}
 
 
@@ -171,27 +157,25 @@ def layer_activations(config, tokens: int, compute: torch.dtype, stream: int) ->
     """
     wide, size, count = config.intermediate_size, compute.itemsize, count_parameters(config)
     casts = size < stream  # autocast: each product keeps casts of its two operands
-    # Of both norms, computed in fp32: the input, and the result before it is scaled. The input of
-    # q, k and v and the input of gate and up; of casts, one for each of the five. Attention: q and
-    # the output; where rows go one by one (bf16's kernel takes them all) the outputs joined; in
-    # fp16, on GPUs before Ampere, a key and a value for each query head. The MLP: four.
+    # Both norms, computed in fp32: the input, and the result before it is scaled. The input of q, k
+    # and v, and of gate and up; of casts, one for all five. Attention: q and the output; where rows
+    # go singly (not in bf16) outputs joined; in fp16 a key and a value per query head. The MLP: 4.
     attention = {torch.bfloat16: 2, torch.float32: 3, torch.float16: 5}[compute]
     numbers = 2 * (4 + stream) + size * ((5 if casts else 2) + attention)
     keys = 0 if compute == torch.float16 else 2 * count["kv"]
     kept = tokens * (config.hidden_size * numbers + size * (keys + 4 * wide))
+    kept += count["matrices"] * size * casts
     # Halfway back through the MLP its product is gone, and gradients exist: the product's, those
     # of silu(gate) and of up, and that of the residual stream.
-    backward = tokens * (2 * wide * size + config.hidden_size * stream)
-    return kept + count["matrices"] * size * casts, backward
+    return kept, tokens * (2 * wide * size + config.hidden_size * stream)
 
 
 def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = True) -> dict:
     """Return the bytes a device needs at each moment of a later micro-batch, and of the update.
 
-    `names`: the modules that it holds. The largest is its peak. With checkpointing, a layer keeps
-    only its input, and is computed again on the way back. Shards of a layer, of the embedding, and
-    of the head are gathered when their turn comes, in the format of products, and gradients are
-    sent in fp32 (FSDP2, as accelerate groups them).
+    `names`: the modules that it holds. With checkpointing, a layer keeps only its input, and is
+    computed again on the way back. Shards of a layer, the embedding, and the head are gathered when
+    their turn comes, in the format of products; gradients are sent in fp32 (accelerate's FSDP2).
     """
     config, precision, shards = job.config, job.precision, job.num_shards
     size, weight = precision.compute_dtype.itemsize, precision.weights.itemsize
@@ -208,9 +192,10 @@ def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = T
     parameters = layers * count["layer"] + len(tables) * table
     held = parameters * precision.bytes_per_parameter / shards
     # The loss: at most every position's last state, normed and picked, with its gradient; the
-    # head's gradient; a chunk of logits, or later that gradient in fp32: cast, scaled, or sent.
+    # head's gradient; a chunk of logits (in half precision fp32 ones and two casts), or later that
+    # gradient in fp32: cast, scaled, or sent.
     loss = tokens * config.hidden_size * (4 * stream + 4) + table * size
-    chunk = min(LOSS_CHUNK, tokens) * config.vocab_size * LOGIT_SIZE[size]
+    chunk = min(LOSS_CHUNK, tokens) * config.vocab_size * (8 if size == 2 else 4)
     if shards == 1:
         cast = table * size if size < weight else 0
         loss += max(cast + chunk, 4 * table if weight == 4 else 0)
@@ -234,10 +219,8 @@ def step_memory(job: Job, tokens: int, names: list[str], checkpointing: bool = T
 
 
 def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
-    """Return the FLOPs of training on rows of these lengths, as MFU counts them.
-
-    6 for each parameter and token, and 12 for each layer, value of the hidden size, and pair of
-    tokens of a row (PaLM, arXiv:2204.02311, appendix B). What is computed twice counts once.
+    """Return the FLOPs of training on rows of these lengths, as MFU counts them: 6 for a parameter
+    and token, 12 for a layer, value of the hidden size, and pair of a row's tokens (PaLM, app. B).
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
     return 6 * num_parameters * lengths.sum() + attention.sum()
@@ -247,8 +230,7 @@ def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
 def place(job: Job, tokens: int, checkpointing: bool = True) -> list[list[str]]:
     """Return the modules of each device: of shards all, else so that the fullest is least full.
 
-    Whole layers, in order; a tied head goes with the embedding. Within a limit, to fill each GPU as
-    far as it goes leaves the fewest modules for the others.
+    Whole layers, in order. Within a limit, filling each GPU leaves the fewest for the others.
     """
     layers = [f"model.layers.{i}" for i in range(job.config.num_hidden_layers)]
     names = ["model.embed_tokens", *layers, *["lm_head"] * (not job.config.tie_word_embeddings)]
@@ -267,8 +249,8 @@ def place(job: Job, tokens: int, checkpointing: bool = True) -> list[list[str]]:
             held, rest = [*held, rest[:fitting]], rest[fitting:]
         return held, rest
 
-    spans = list(itertools.combinations(range(len(names) + 1), 2))
-    shares = sorted({share(names[a:b], room) for a, b in spans for room in {*job.capacities}})
+    spans = itertools.product(itertools.combinations(range(len(names) + 1), 2), {*job.capacities})
+    shares = sorted({share(names[first:end], room) for (first, end), room in spans})
     return deal(shares[bisect.bisect_left(shares, True, key=lambda s: not deal(s)[1])])[0]
 
 
@@ -277,20 +259,12 @@ def device_loads(job: Job, tokens: int, held: list[list[str]], checkpointing: bo
     return [max(step_memory(job, tokens, names, checkpointing).values()) for names in held]
 
 
-def is_enough(job: Job, loads: list[float]) -> bool:
+def fits(job: Job, tokens: int, held: list | None = None, checkpointing: bool = True) -> bool:
+    """Return whether a micro-batch fits where the modules are held, or in their best places."""
     reserve = WORKSPACES + (NCCL if job.num_shards > 1 else 0)
-    pairs = zip(loads, job.capacities)
-    return all(load <= USABLE * (free - reserve) for load, free in pairs if load)
-
-
-def fits(job: Job, tokens: int) -> bool:
-    """Return whether a micro-batch fits, with checkpointing."""
-    return is_enough(job, device_loads(job, tokens, place(job, tokens)))
-
-
-def over_processes(job: Job, num_shards: int) -> Job:
-    """Return the job for this many processes, over GPUs like the smallest."""
-    return job._replace(num_shards=num_shards, capacities=[min(job.capacities)] * num_shards)
+    loads = device_loads(job, tokens, held or place(job, tokens), checkpointing)
+    usable = [USABLE * (free - reserve) for free in job.capacities]
+    return all(load <= room for load, room in zip(loads, usable) if load)
 
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -304,27 +278,20 @@ class Plan(NamedTuple):
 
 
 def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
-    """Return the Plan for rows of up to `longest` tokens, whether or not it fits.
-
-    Unless --tokens_per_forward says otherwise, micro-batches are as large as fits; or as fits
-    without checkpointing, if these are not too small to keep the device busy: a layer that is not
-    recomputed saves a fifth of its time.
-    """
+    """Return the Plan for rows of up to `longest` tokens, whether or not it fits."""
     asked, on_cpu = args.tokens_per_forward, job.precision.compute_dtype == torch.float32
     budget = asked or training_args.per_device_train_batch_size * args.max_len
     budget = min(budget, MAX_TOKENS_CPU) if on_cpu and not asked else budget
     if args.device_map != "auto" and job.num_shards == 1:
         return Plan(args.device_map, budget, 0, [], [], [])
-    # With checkpointing: the largest micro-batch that fits, or the one that is asked for.
+    # With checkpointing: the largest micro-batch that fits, or the one that was asked for.
     while not asked and budget > longest and not fits(job, budget):
         budget //= 2
     tokens = max(budget, longest)
     held = place(job, tokens)
-
-    # Without: as many tokens as fit while layers stay on their devices, if that is enough.
-    def is_too_large(tokens: int) -> bool:
-        return not is_enough(job, device_loads(job, tokens, held, checkpointing=False))
-
+    # Without: as many tokens as fit while layers stay on their devices, if that keeps the devices
+    # busy; a layer that is not computed again saves a fifth of its time.
+    is_too_large = lambda n: not fits(job, n, held, checkpointing=False)  # noqa: E731
     plain = bisect.bisect_left(range(1, tokens + 1), True, key=is_too_large)
     enough = MIN_TOKENS_GPU if training_args.gradient_checkpointing else longest
     if not asked and plain >= enough:
@@ -334,30 +301,39 @@ def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
         held = place(job, tokens, checkpointing=False)
     cases = [(min(tokens, plain), False)] * (plain > 0) + [(tokens, True)] * (tokens > plain)
     used = zip(*(device_loads(job, most, held, again) for most, again in cases))
+    used = [max(loads) for loads in used]
     needed = device_loads(job, longest, place(job, longest))
-    device_map = None if on_cpu or job.num_shards > 1 else make_device_map(held)
-    return Plan(device_map, budget, plain, held, needed, [max(loads) for loads in used])
-
-
-def make_device_map(held: list[list[str]]) -> dict[str, int]:
+    if on_cpu or job.num_shards > 1:
+        return Plan(None, budget, plain, held, needed, used)
     gpus = {name: gpu for gpu, names in enumerate(held) for name in names}
-    first, last = gpus["model.embed_tokens"], max(gpus.values())
-    ends = {"model.rotary_emb": first, "model.norm": last, "lm_head": first}
-    return ends | gpus  # where the head is no module of its own, it is with the embedding
+    gpus |= {"model.rotary_emb": gpus["model.embed_tokens"], "model.norm": max(gpus.values())}
+    gpus = {"lm_head": gpus["model.embed_tokens"]} | gpus  # a tied one
+    return Plan(gpus, budget, plain, held, needed, used)
 
 
 def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, bin_rows) -> None:
     """Print all that will be: formats, memory, steps, time and disk."""
-    precision, longest = job.precision, int(lengths.max())
-    compute, weights = (str(dtype).removeprefix("torch.") for dtype in precision[1::-1])
+    precision, longest, world_size = job.precision, int(lengths.max()), training_args.world_size
+    formats = " over ".join(str(dtype).removeprefix("torch.") for dtype in precision[1::-1])
     assumed = ", assumed: --gpus can end in :bf16 or :fp16" if args.gpus else ""
-    reason = f"{precision.optim} ({precision.reason}{assumed})"
-    print(f"precision  {compute} over {weights} weights, {reason}")
-    if plan.used:
-        print_memory(plan, job, training_args, longest)
-    else:
-        print("memory     not planned: the device map is your own")
-    rows, world_size = rows_per_step(training_args), training_args.world_size
+    print(f"precision  {formats} weights, {precision.optim} ({precision.reason}{assumed})")
+    in_turn = job.num_shards == 1 and (gpus := len(plan.held)) > 1
+    for gpu, names in enumerate(plan.held):
+        sizes = [x[gpu] / GIB for x in (plan.needed, plan.used, job.capacities)]
+        line = "memory     device {}: needs {:.1f}, uses {:.1f} of {:.1f} GiB".format(gpu, *sizes)
+        print(line + (f" ({names[0]} to {names[-1]})" if names and in_turn else ""))
+    plain = plan.max_tokens_without_checkpointing
+    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
+    enough = plain >= max(plan.tokens_per_forward, longest)
+    which = "nothing: memory suffices" if enough else which
+    print(f"recompute  {which}" if plan.used else "memory     not planned: the map is your own")
+    if in_turn:
+        fewer = max(1, round(training_args.gradient_accumulation_steps / gpus))
+        way = f"at once: torchrun --nproc_per_node {gpus} sft_qwen2.py"
+        way += f" --gradient_accumulation_steps {fewer}"
+        at_once = fits(job.over(gpus), longest)
+        print("devices    work in turn;", way if at_once else "too small to work at once")
+    rows = rows_per_step(training_args)
     steps = math.ceil(math.ceil(len(lengths) / rows) * training_args.num_train_epochs)
     steps = training_args.max_steps if training_args.max_steps > 0 else steps
     sample = np.random.default_rng(0).permutation(lengths)[:rows].tolist()
@@ -369,68 +345,37 @@ def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, b
     gpu = {torch.bfloat16: "A100", torch.float16: "V100"}.get(precision.compute_dtype, "CPU")
     if training_args.device.type == "cuda" and not args.gpus:
         gpu = torch.cuda.get_device_name()
-    hours = ""
-    if peak := peak_tflops(gpu):  # the GPUs of one process work in turn
-        hours = flops / (TYPICAL_MFU * peak * 1e12 * world_size) / 3600
-        hours = f": {hours:.2g} h if {world_size} x {gpu} reach {TYPICAL_MFU:.0%} of {peak} TFLOP/s"
-    print(f"cost       {flops:.2g} FLOPs an epoch{hours}")
+    peak = peak_tflops(gpu) or 0  # the GPUs of one process work in turn
+    hours = flops / (0.4 * peak * 1e12 * world_size or math.inf) / 3600
+    speed = f": {hours:.2g} h if {world_size} x {gpu} reach 40 % of {peak} TFLOP/s" * (peak > 0)
+    print(f"cost       {flops:.2g} FLOPs an epoch{speed}")
     needed, free, checkpoints = disk_bytes(job, training_args)
     here = "" if args.gpus else f", {free / GIB:.1f} GiB free"  # else, on another machine
     print(f"disk       {needed / GIB:.1f} GiB for {checkpoints} checkpoints and the export{here}")
 
 
-def print_memory(plan: Plan, job: Job, training_args, longest: int) -> None:
-    rows = zip(plan.held, plan.needed, plan.used, job.capacities)
-    in_turn = job.num_shards == 1 and (gpus := len(job.capacities)) > 1
-    for gpu, (names, *sizes) in enumerate(rows):
-        needed, used, free = (size / GIB for size in sizes)
-        ends = f" ({names[0]} to {names[-1]})" if names and in_turn else ""
-        print(
-            f"memory     device {gpu}: needs {needed:.1f}, uses {used:.1f} of {free:.1f} GiB{ends}"
-        )
-    plain = plan.max_tokens_without_checkpointing
-    which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
-    enough = plain >= max(plan.tokens_per_forward, longest)
-    print(f"recompute  {'nothing: memory suffices' if enough else which}")
-    if in_turn:
-        steps = max(1, round(training_args.gradient_accumulation_steps / gpus))
-        flags = f"--nproc_per_node {gpus} sft_qwen2.py --gradient_accumulation_steps {steps}"
-        at_once = fits(over_processes(job, gpus), longest)
-        way = f"at once: torchrun {flags}" if at_once else "too small to work at once"
-        print(f"devices    work in turn; {way}")
-
-
 def check_plan(plan: Plan, job: Job, args, training_args, longest: int) -> None:
     """Raise UserError where the plan cannot be carried out, with what would fit."""
     tokens, plain = max(plan.tokens_per_forward, longest), plan.max_tokens_without_checkpointing
-    if not is_enough(job, plan.used):
-        raise UserError(
-            f"too little memory (5% stays free); {what_would_fit(job, tokens, longest)}"
-        )
+    if plan.used and tokens > plain and not fits(job, tokens, plan.held):
+        if job.precision.compute_dtype == torch.float32:
+            raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
+        fewer = (n for n in (tokens >> i for i in range(1, 14)) if fits(job, n))
+        more = (n for n in range(2, 65) if fits(job.over(n), tokens))
+        ways = [f"--{'tokens_per_forward' if n >= longest else 'max_len'} {n}" for n in fewer][:1]
+        ways += [f"torchrun --nproc_per_node {n}" for n in itertools.islice(more, 1)]
+        default = choose_precision(MIN_CAPABILITY[job.precision.compute_dtype], False)
+        ways += ["no --fp32"] * (args.fp32 and fits(job._replace(precision=default), tokens))
+        ways = "; ".join(ways) or "a smaller model"
+        raise UserError(f"too little memory; what would fit: {ways}")
     if plan.used and plain < tokens and not training_args.gradient_checkpointing:
         raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
-    gpus = {gpu for gpu, names in enumerate(plan.held) if names}
-    if len(gpus) == 1 and gpus != {0}:  # Trainer would move all to GPU 0
-        raise UserError(
-            f"only GPU {max(gpus)} has room: start with CUDA_VISIBLE_DEVICES={max(gpus)}"
-        )
+    gpus = [gpu for gpu, names in enumerate(plan.held) if names]
+    if len(gpus) == 1 and gpus != [0]:  # Trainer would move all to GPU 0
+        raise UserError(f"only GPU {gpus[0]} has room: use CUDA_VISIBLE_DEVICES={gpus[0]}")
     needed, free, _ = disk_bytes(job, training_args)
     if needed > free and not args.gpus:
         raise UserError("too little disk: lower --save_total_limit, or move --output_dir")
-
-
-def what_would_fit(job: Job, tokens: int, longest: int) -> str:
-    """Return remedies, in words: fewer tokens at once, more GPUs, other formats."""
-    if job.precision.compute_dtype == torch.float32:
-        return "to plan for another machine: --dry_run --gpus 4x80"
-    fewer = (n for n in (tokens >> i for i in range(1, 14)) if fits(job, n))
-    more = (n for n in range(2, 65) if fits(over_processes(job, n), tokens))
-    ways = [f"--{'tokens_per_forward' if n >= longest else 'max_len'} {n}" for n in fewer][:1]
-    ways += [f"torchrun --nproc_per_node {n}" for n in itertools.islice(more, 1)]
-    default = choose_precision(MIN_CAPABILITY[job.precision.compute_dtype], False)
-    if job.precision.bytes_per_parameter > default.bytes_per_parameter:
-        ways += ["no --fp32"] * fits(job._replace(precision=default), tokens)
-    return f"what would fit: {'; '.join(ways) or 'a smaller model'}"
 
 
 def disk_bytes(job: Job, training_args) -> tuple[float, float, int]:
@@ -445,6 +390,7 @@ def disk_bytes(job: Job, training_args) -> tuple[float, float, int]:
 
 
 def peak_tflops(gpu: str) -> float | None:
+    """Return the peak of a GPU of this name, in TFLOP/s, if it is known."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
 
 

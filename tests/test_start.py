@@ -75,6 +75,16 @@ def test_importing_has_no_effect(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_console_that_lacks_characters(tmp_path):
+    """On a console in GBK, what it cannot write is written as escapes: no run ends for that."""
+    argv = [sys.executable, "sft_qwen2.py", "data/tiny.json", "--dry_run", "--system_prompt=🙂"]
+    env = os.environ | {"PYTHONIOENCODING": "gbk"}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode("gbk")
+    assert b"\\U0001f642" in done.stdout and "example" in done.stdout.decode("gbk")
+
+
 def run_at_a_terminal(folder, *flags) -> tuple[int, str]:
     """Return (exit code, output) of the script at a terminal of 80 columns, as a new user's."""
     argv = [sys.executable, ROOT / "sft_qwen2.py", *flags]
