@@ -44,22 +44,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
 
-from sft import answers, callbacks, memory_plan, model_folder, numerics, run_folder
+from sft import answers, callbacks, encoded_rows, memory_plan, model_folder, numerics, run_folder
 from sft.arguments import parse_arguments, with_optim
+from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
 from sft.memory_plan import GIB, Plan, rows_per_step
-from sft.rows import (
-    IGNORE_INDEX,
-    IM_END,
-    IM_START,
-    UserError,
-    encode_file,
-    find_data_files,
-    fit_rows,
-    paint,
-    print_data,
-    row_place,
-    say,
-)
+from sft.rows import IM_END, IM_START, UserError, find_data_files, say
 
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
 
@@ -119,29 +108,44 @@ def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
 
     <|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
                                                                                    ^^^^^^^^^^^
-    An answer is encoded apart from the "assistant\\n" before it, because generation starts exactly
-    there. Control tokens spelled in a text are encoded as the plain characters they are:
-    no row can open or close a turn.
+    An assistant turn of weight 0 is context. An answer is encoded apart from the "assistant\\n"
+    before it, because generation starts exactly there. Control tokens spelled in a text are encoded
+    as the plain characters they are: no row can open or close a turn.
     """
+    turns = [turn for conversation in conversations for turn in conversation]
+    ids = encode_texts(["\n", "assistant\n", *map(text_of_turn, turns)], tokenizer)
     start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-    turns = itertools.chain(*conversations)
-    texts = [("" if t["role"] == "assistant" else t["role"] + "\n") + t["content"] for t in turns]
-    options = {"add_special_tokens": False, "return_attention_mask": False}
-    options["split_special_tokens"] = True  # those in texts; those of turns are added below
-    newline, assistant, *encoded = tokenizer(["\n", "assistant\n", *texts], **options)["input_ids"]
-    encoded, examples = iter(encoded), []
-    for turns in conversations:
+
+    def encode_turns(turns):
         input_ids, labels = [], []
+
+        def add(tokens, train=False):
+            input_ids.extend(tokens)
+            labels.extend(tokens if train else [IGNORE_INDEX] * len(tokens))
+
         for turn in turns:
-            context, trained = [*newline, start] if input_ids else [start], [*next(encoded), end]
+            add([*ids["\n"], start] if input_ids else [start])
             if turn["role"] == "assistant":
-                context += assistant
-            else:
-                context, trained = context + trained, []
-            input_ids += context + trained
-            labels += [IGNORE_INDEX] * len(context) + trained
-        examples.append({"input_ids": input_ids, "labels": labels})
-    return examples
+                add(ids["assistant\n"])
+            trained = turn["role"] == "assistant" and turn.get("weight") != 0
+            add([*ids[text_of_turn(turn)], end], train=trained)
+        return {"input_ids": input_ids, "labels": labels}
+
+    return [encode_turns(conversation) for conversation in conversations]
+
+
+def text_of_turn(turn: dict) -> str:
+    return turn["content"] if turn["role"] == "assistant" else f"{turn['role']}\n{turn['content']}"
+
+
+def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
+    """Return the ids of each text; each is encoded once, and no control token found in it."""
+    texts, backend = list(dict.fromkeys(texts)), tokenizer.backend_tokenizer
+    if not backend.encode_special_tokens:  # the backend's own switch: other calls may turn it off
+        backend.encode_special_tokens = True
+    backend.no_truncation()
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return {text: encoding.ids for text, encoding in zip(texts, encodings)}
 
 
 def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
@@ -153,14 +157,25 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
     """Return the tokenizer, with the trained system prompt as its chat template's default.
 
     Raises UserError where the template renders a conversation differently than `encode`: the model
-    would be trained on one format and served with another.
+    would be trained on one format and served with another. Likewise where texts do not survive the
+    vocabulary, or where control tokens spelled in one would close its turn.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
     probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
-    rendered = tokenizer.chat_template and tokenizer.apply_chat_template(probe, return_dict=False)
-    if encode(probe, tokenizer)["input_ids"] + tokenizer.encode("\n") != rendered:
+    ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
+    if tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(probe, return_dict=False)
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    if ids + tokenizer.encode("\n") != rendered or not text.endswith("你好!<|im_end|>\n"):
         raise UserError(f"{name_or_path}: its chat template is not Qwen2's; choose a Qwen2 model")
+    spelled = encode([{"role": "user", "content": IM_START + IM_END}], tokenizer)["input_ids"]
+    controls = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+    if tokenizer.decode(ids) + "\n" != text or any(spelled.count(x) != 1 for x in controls):
+        missing = "tokenizer.json or its special tokens are missing; fetch the model's files again"
+        raise UserError(f"{name_or_path}: its tokenizer does not keep texts as they are: {missing}")
+    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
+        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
     turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
     tokenizer.chat_template = (
         "{% if not messages or messages[0]['role'] != 'system' %}"
@@ -296,6 +311,10 @@ def model_class():
     masks = transformers.AttentionMaskInterface
     masks.register("row_attention", masks()["sdpa"])  # for generation
     return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
+
+
+def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
+    return model_folder.load_weights(model_class(), name_or_path, dtype, device_map)
 
 
 # ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
@@ -434,10 +453,11 @@ class StepTrainer:
             raise self.broken_step(f"its gradient norm is {norm.item()}")
 
     def broken_step(self, what: str) -> UserError:
+        rows = ", ".join(row["place"] for row in self.step_rows)
         return UserError(
             f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
             f"weights; checkpoints are as they were, nothing is exported. Begin anew with a lower "
-            f"--learning_rate, or mend its rows: {', '.join(map(row_place, self.step_rows))}"
+            f"--learning_rate, or mend its rows: {rows}"
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -489,7 +509,6 @@ def trainer_arguments(script_args, training_args, precision, rows: dict):
         fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
         eval_on_start="validation" in rows and not script_args.resume,
-        disable_tqdm=training_args.disable_tqdm or not sys.stderr.isatty(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
     if args.fsdp:  # accelerate's own policy would sum gradients in half precision
@@ -533,20 +552,25 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
 
 
 # ---- The run ------------------------------------------------------------------------------------
-def read_data(args, tokenizer) -> tuple[dict, dict]:
-    """Return the rows of each split that can be trained on, and their counts; print both."""
-    rows, counts = {}, {}
-    for split, path in find_data_files(args.data_path).items():
-        table = encode_file(path, tokenizer, args.system_prompt, encode_batch, __file__)
+def read_data(args, training_args, tokenizer) -> tuple[dict, dict, dict]:
+    """Return all rows of each split, those to train on, and their counts; print the counts."""
+    tables, rows, counts, files = {}, {}, {}, find_data_files(args.data_path)
+    if training_args.eval_strategy != "no" and "validation" not in files:
+        raise UserError(f"{args.data_path}: --eval_strategy needs a file named validation.*")
+    for split, paths in files.items():
+        tables[split] = encode_files(paths, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
-        rows[split], counts[split] = fit_rows(table, path, *limits)
-        print_data(split, path, counts[split])
-    return rows, counts
+        rows[split], counts[split] = fit_rows(tables[split], *limits)
+        encoded_rows.print_data(split, counts[split])
+    shortest = truncate(rows["train"][int(rows["train"]["num_tokens"].argmin())], args.max_len)
+    example = encoded_rows.mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())
+    print(f"example    {example}", flush=True)
+    return tables, rows, counts
 
 
 def make_plan(config, args, training_args, rows) -> tuple:
     """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
-    lengths = rows["num_tokens"][:].clip(max=args.max_len)
+    lengths = rows["num_tokens"].clip(max=args.max_len)
     capacities, capability = memory_plan.find_devices(args.gpus, training_args)
     precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
     # Processes on the CPU have all weights each.
@@ -565,10 +589,7 @@ def run(args: ScriptArguments, training_args) -> int:
     default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
     config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
     tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    rows, counts = read_data(args, tokenizer)
-    shortest = rows["train"][int(rows["train"]["num_tokens"][:].argmin())]
-    example = paint(truncate(shortest, args.max_len), tokenizer, sys.stdout.isatty())
-    print(f"example    {example}", flush=True)
+    tables, rows, counts = read_data(args, training_args, tokenizer)
     precision, plan = make_plan(config, args, training_args, rows["train"])
     if args.dry_run:
         return 0
@@ -579,9 +600,10 @@ def run(args: ScriptArguments, training_args) -> int:
     terms = run_folder.resume_terms(args, training_args, precision, rows)
     folder = run_folder.open_run(args, training_args, terms, counts)
     with folder as checkpoint, callbacks.wandb_run(training_args):
-        model = model_folder.load_model(
-            model_class(), args.model_name_or_path, precision.weights, plan.device_map
-        )
+        if args.skip_bad_rows and training_args.should_save:
+            rejected = Path(training_args.output_dir, "rejected.jsonl")
+            encoded_rows.write_rejected(tables.values(), rejected)
+        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
         stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
         return train_and_export(

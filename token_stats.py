@@ -1,6 +1,7 @@
 """Count the tokens of training rows as sft_qwen2.py encodes them, to choose max_len beforehand.
 
     python token_stats.py --data_path my_data/ --plot lengths.png
+    python token_stats.py run.json                      # the data and model of these arguments
 
 A row's tokens are prompt + answer: answers and the <|im_end|> after each are trained. The encoded
 rows are cached for sft_qwen2.py. Only the tokenizer is loaded. Exit code 1: rows would be refused.
@@ -8,14 +9,17 @@ rows are cached for sft_qwen2.py. Only the tokenizer is loaded. Exit code 1: row
 
 import argparse
 import contextlib
+import itertools
 import json
+import os
 import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 
+OWN_ARGUMENTS = ("arguments", "plot", "json")  # all others are the trainer's
 SMALLEST_MAX_LEN = 512  # the first candidate; each next one is twice as long
-CHUNK = 100  # rows whose labels are in memory at once: each may be 100,000 tokens long
 SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
 LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
 BARS, BAR_WIDTH = 16, 56  # of the histogram: at most so many, so many columns long
@@ -26,8 +30,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     trainer, unset = parser.add_argument_group("as in sft_qwen2.py"), argparse.SUPPRESS
     trainer.add_argument("--model_name_or_path", default=unset, help="hub name or folder")
-    trainer.add_argument("--data_path", default=unset, help="file, or folder with train.*")
+    trainer.add_argument("--data_path", nargs="+", default=unset, help="files, or folder of them")
     trainer.add_argument("--system_prompt", default=unset, help="for rows that have none")
+    trainer.add_argument("--skip_bad_rows", action="store_true", default=unset, help="exit with 0")
+    parser.add_argument("arguments", nargs="?", help="JSON file of sft_qwen2.py's arguments")
     parser.add_argument("--plot", metavar="FILE", help="save the histogram: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     return parser.parse_args(argv)
@@ -48,29 +54,26 @@ def load_tokenizer(name: str, system_prompt: str):
     return tokenizer, int(min(limits))
 
 
-def count_losses(table, num_tokens: np.ndarray, max_lens: list[int]):
+def count_losses(rows, max_lens: list[int]) -> tuple[list[int], np.ndarray]:
     """Return the answer tokens behind each max_len, and each long row's first trained position."""
-    lost, first = np.zeros(len(max_lens), np.int64), np.zeros(len(table), np.int32)
-    over, labels = np.flatnonzero(num_tokens > max_lens[0]), table.select_columns(["labels"])
-    for rows in np.split(over, range(CHUNK, len(over), CHUNK)):
-        for row, row_labels in zip(rows, labels[rows]["labels"] if len(rows) else []):
-            trained = np.flatnonzero(row_labels >= 0)
-            first[row] = trained[0]
-            lost += len(trained) - np.searchsorted(trained, max_lens)
+    lost, first = np.zeros(len(max_lens), np.int64), np.zeros(len(rows), np.int32)
+    for i in np.flatnonzero(rows["num_tokens"] > max_lens[0]):
+        trained = np.flatnonzero(rows[i]["labels"] >= 0)
+        first[i] = trained[0]
+        lost += len(trained) - np.searchsorted(trained, max_lens)
     return lost.tolist(), first
 
 
-def compare_max_lens(table, num_tokens: np.ndarray, answer_tokens: int, limit: int) -> list[dict]:
+def compare_max_lens(rows, batch: int, rows_per_step: int, limit: int) -> list[dict]:
     """Return what each candidate max_len costs if longer rows are truncated; tokens as shares."""
-    from sft_qwen2 import TRAINING_DEFAULTS, bin_rows
+    from sft_qwen2 import bin_rows
 
-    batch = TRAINING_DEFAULTS["per_device_train_batch_size"]
-    rows_per_step = batch * TRAINING_DEFAULTS["gradient_accumulation_steps"]
+    num_tokens, answer_tokens = rows["num_tokens"], int(rows["num_answer_tokens"].sum())
     max_lens, results = [SMALLEST_MAX_LEN], []
     while max_lens[-1] < min(num_tokens.max(), limit):
         max_lens.append(2 * max_lens[-1])
     max_lens[-1] = min(max_lens[-1], limit)
-    lost, first = count_losses(table, num_tokens, max_lens)
+    lost, first = count_losses(rows, max_lens)
     for max_len, lost_tokens in zip(max_lens, lost):
         over, no_answer = int((num_tokens > max_len).sum()), int((first >= max_len).sum())
         trained = num_tokens[(num_tokens > 0) & (first < max_len)].clip(max=max_len)
@@ -95,36 +98,54 @@ def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
     return chosen["max_len"], reason
 
 
+def read_all(chosen: dict) -> tuple:
+    """Return the longest row that the model takes, the rows of train, and figures of each split."""
+    import sft_qwen2
+
+    files, stats = sft_qwen2.find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
+    tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], chosen["system_prompt"])
+    how = (chosen["system_prompt"], sft_qwen2.encode_batch, sft_qwen2.__file__)
+    for split, paths in reversed(files.items()):  # train last: what follows is about it
+        rows = sft_qwen2.encode_files(paths, tokenizer, *how)
+        bad = rows.select(rows["num_tokens"] == 0)
+        reasons = [f"{row['place']}: {row['error']}" for row in itertools.islice(bad, 20)]
+        stats["refused_rows"][:0] = reasons
+        counts = {"rows": len(rows) - len(bad), "refused": len(bad)}
+        counts["longest"] = int(rows["num_tokens"].max())
+        counts["control_tokens"] = int(rows["num_control_tokens"].sum())
+        stats["files"][split] = {"path": ", ".join(map(str, paths)), **counts}
+    return limit, rows, stats
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
     import sft_qwen2
 
-    given = {name: x for name, x in vars(args).items() if name not in ("plot", "json")}
-    chosen = sft_qwen2.ScriptArguments(**given)
-    files, stats = sft_qwen2.find_data_files(chosen.data_path), {"files": {}, "refused_rows": []}
-    tokenizer, limit = load_tokenizer(chosen.model_name_or_path, chosen.system_prompt)
-    for split, path in reversed(files.items()):  # train last: what follows is about it
-        table = sft_qwen2.encode_file(
-            path, tokenizer, chosen.system_prompt, sft_qwen2.encode_batch, sft_qwen2.__file__
-        )
-        total = np.asarray(table["num_tokens"][:], np.int32)
-        bad, longest = np.flatnonzero(total == 0), int(total.max())
-        reasons = (f"{path}:{row['line']}: {row['error']}" for row in table.select(bad[:20]))
-        stats["refused_rows"][:0] = reasons
-        counts = {"rows": len(table) - len(bad), "refused": len(bad), "longest": longest}
-        counts["control_tokens"] = int(table["num_control_tokens"][:].sum())
-        stats["files"][split] = {"path": str(path), **counts}
-    if not longest:
+    flags, values = {k: v for k, v in vars(args).items() if k not in OWN_ARGUMENTS}, {}
+    if args.arguments:
+        with sft_qwen2.as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
+            values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
+    chosen = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS | values | flags
+    limit, rows, stats = read_all(chosen)
+    stats["skip_bad_rows"] = chosen["skip_bad_rows"] in (True, "true")
+    if "max_len" in values and int(chosen["max_len"]) > limit:
+        stats["warning"] = sft_qwen2.beyond_positions(int(chosen["max_len"]), limit)
+    total, answer = rows["num_tokens"], rows["num_answer_tokens"]
+    if not (longest := int(total.max())):
         return stats
-    answer, stats["tokens"] = np.asarray(table["num_answer_tokens"][:], np.int32), {}
-    for name, rows in {"total": total, "prompt": total - answer, "answer": answer}.items():
-        found = np.percentile(rows[total > 0], list(LEVELS.values()), method="higher").tolist()
-        stats["tokens"][name] = {"mean": round(float(rows[total > 0].mean()), 1)}
+    stats["tokens"] = {}
+    for name, tokens in {"total": total, "prompt": total - answer, "answer": answer}.items():
+        found = np.percentile(tokens[total > 0], list(LEVELS.values()), method="higher").tolist()
+        stats["tokens"][name] = {"mean": round(float(tokens[total > 0].mean()), 1)}
         stats["tokens"][name] |= zip(LEVELS, found)
-    results = compare_max_lens(table, total, int(answer.sum(dtype=np.int64)), limit)
-    max_len, reason = suggest(results, len(table) - len(bad), longest)
-    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
-    command = shlex.join(["python", "sft_qwen2.py", *flags, "--max_len", str(max_len)])
+    batch = int(chosen["per_device_train_batch_size"])
+    rows_per_step = batch * int(chosen["gradient_accumulation_steps"])
+    results = compare_max_lens(rows, batch, rows_per_step, limit)
+    max_len, reason = suggest(results, int((total > 0).sum()), longest)
+    words = [args.arguments] if args.arguments else []
+    for name, value in flags.items():
+        words += [f"--{name}", *([] if value is True else np.atleast_1d(value).tolist())]
+    command = shlex.join(["python", "sft_qwen2.py", *words, "--max_len", str(max_len)])
     stats["suggestion"] = {"max_len": max_len, "reason": reason, "command": command}
     low, sizes = int(total[total > 0].min()), (n * 10**k for k in range(9) for n in (1, 2, 5))
     size = next(size for size in sizes if longest - low < size * (BARS - 1))
@@ -175,27 +196,35 @@ def main(argv: list[str] | None = None) -> int:
 
     sft_qwen2.quiet_libraries()
     try:
-        stats = measure(args)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON alone
+            stats = measure(args)
     except KeyboardInterrupt:
         return 130
-    except sft_qwen2.UserError as error:
+    except (sft_qwen2.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        print(json.dumps(stats, indent=2, ensure_ascii=False))
-    elif "tokens" in stats:
-        print_stats(stats)
-    problems = stats["refused_rows"][:20]
-    if refused := sum(about["refused"] for about in stats["files"].values()):
-        problems.append(f"error: {refused:,} rows would be refused; mend them or --skip_bad_rows")
+    notes = [*stats["refused_rows"][:20], *([stats["warning"]] if "warning" in stats else [])]
+    refused = sum(about["refused"] for about in stats["files"].values())
+    failed = refused > 0 and not (stats["skip_bad_rows"] and "tokens" in stats)
+    if refused:
+        what = "would be refused; mend them or --skip_bad_rows" if failed else "are left out"
+        notes.append(f"{'error: ' * failed}{refused:,} rows {what}")
     try:
         if args.plot and "tokens" in stats:
             plot(stats, args.plot)
     except (ImportError, OSError, ValueError) as error:
-        hint = " (pip install matplotlib)" * isinstance(error, ImportError)
-        problems.append(f"error: no {args.plot}: {error}{hint}")
-    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
-    return int(bool(problems))
+        hint, failed = " (pip install matplotlib)" * isinstance(error, ImportError), True
+        notes.append(f"error: no {args.plot}: {error}{hint}")
+    try:
+        if args.json:
+            print(json.dumps(stats, indent=2, ensure_ascii=False))
+        elif "tokens" in stats:
+            print_stats(stats)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ def read_data(args, tokenizer) -> dict:
     """Return the rows of both splits that are no longer than MAX_LEN, EVAL_ROWS to measure on."""
     rows = {}
     for split, path in (("train", args.data), ("validation", args.validation)):
-        table = sft_qwen2.encode_file(path, tokenizer, "")
-        rows[split], _ = sft_qwen2.fit_rows(table, path, MAX_LEN, "drop", skip_bad_rows=True)
-    rows["validation"] = rows["validation"].select(range(min(EVAL_ROWS, len(rows["validation"]))))
+        how = (tokenizer, "", sft_qwen2.encode_batch, sft_qwen2.__file__)
+        table = sft_qwen2.encode_files([path], *how)
+        rows[split], _ = sft_qwen2.fit_rows(table, MAX_LEN, "drop", skip_bad_rows=True)
+    rows["validation"] = rows["validation"].select(slice(EVAL_ROWS))
     return rows
 
 
@@ -97,7 +98,7 @@ def held_out_loss(model, tokenizer, rows) -> float:
 
 def make_base(tokenizer, rows, data: Path) -> Path:
     """Return the folder of the base model, in bf16; trained once, and found again."""
-    causes = repr((LAYERS, HEADS, BASE, MAX_LEN)) + sft_qwen2.file_sha256(data)
+    causes = repr((LAYERS, HEADS, BASE, MAX_LEN)) + rows["train"].sha256
     name = hashlib.sha256(causes.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"sft-qwen2-precision-{name}")
     if not folder.exists():

@@ -258,8 +258,9 @@ def save_model(tokenizer, folder: str) -> transformers.Qwen2Config:
 
 def make_task(args, folder: str, tokenizer) -> Task:
     if args.data:
-        encoded = sft_qwen2.encode_file(args.data, tokenizer, "You are a helpful assistant.")
-        table, _ = sft_qwen2.fit_rows(encoded, args.data, MAX_LEN, "truncate")
+        how = ("You are a helpful assistant.", sft_qwen2.encode_batch, sft_qwen2.__file__)
+        encoded = sft_qwen2.encode_files([args.data], tokenizer, *how)
+        table, _ = sft_qwen2.fit_rows(encoded, MAX_LEN, "truncate")
     else:
         table = make_rows(LONG, len(tokenizer))
     lengths = table["num_tokens"][:].clip(max=MAX_LEN)

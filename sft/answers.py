@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 
-from sft.rows import IGNORE_INDEX, IM_END, IM_START
+from sft.encoded_rows import IGNORE_INDEX
+from sft.rows import IM_END, IM_START, printable
 
 # Validation rows that are asked before and after training: the first with prompt and answer of at
 # most so many tokens; the first few of these are shown.
@@ -42,6 +43,6 @@ def print_answers(tokenizer, questions: list[tuple], before: list[str], after: l
     wanted = [tokenizer.decode(ids) for _, ids in questions]
     for (prompt, _), old, new in list(zip(questions, before, after))[:NUM_SHOWN]:
         asked = tokenizer.decode(prompt).split(f"{IM_START}user\n")[-1].split(IM_END)[0]
-        print(f"question   {asked!r}\n  before   {old!r}\n  after    {new!r}")
+        print(f"question   {printable(asked)}\n  before   {old!r}\n  after    {new!r}")
     exact = [sum(map(str.__eq__, answers, wanted)) for answers in (before, after)]
     print(f"exact      {exact[1]} of {len(wanted)} held-out answers (before: {exact[0]})")

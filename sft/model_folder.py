@@ -23,7 +23,7 @@ def check_model(name_or_path: str, default: str, planned: bool):
     return config
 
 
-def load_model(model_class, name_or_path: str, dtype: torch.dtype, device_map=None):
+def load_weights(model_class, name_or_path: str, dtype: torch.dtype, device_map=None):
     """Return the checkpoint as a model_class with row_attention.
 
     Raises UserError where a weight is missing, unknown, or of another shape than its config says.

@@ -1,4 +1,4 @@
-"""Rows of data files: what is read, what is refused and why, what fits, and what is counted."""
+"""Rows of data files: what is read, what is refused and why, and what they are once encoded."""
 
 import csv
 import hashlib
@@ -6,18 +6,38 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import tqdm.auto
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML's control tokens, around every turn
-IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and every library around it, skips
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-ENCODE_BATCH = 1000  # rows per tokenizer call: enough for its threads, few enough to hold
+BOM, NOT_UTF8 = b"\xef\xbb\xbf", "save the file as UTF-8 (iconv -f GB18030 -t UTF-8)"
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of surrogate pairs
+# What a terminal would obey, or show in another order than it stands.
+NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+# The beginning of a file's name says what it is for, as datasets.load_dataset has it.
+SPLIT_NAMES = {"train": "train", "validation": "valid|val|dev", "test": "test|eval"}
+
+# A row has these keys, a turn in "messages" has role, content and, to be context only, a weight
+# (or loss) of 0. Of all others, those are refused that ask for something which is not done here
+# (unless empty), with what to do about it. Any other is named once and ignored: ids, sources.
+ROW_KEYS, TURN_KEYS = ("query", "answer", "system", "messages"), ("role", "content")
+OTHER_FORMAT = "another format: docs/data.md has the line that converts it"
+REMEDIES = {
+    "instruction input output conversations history": OTHER_FORMAT,
+    "prompt completion response chosen rejected": OTHER_FORMAT,
+    "tools functions tool_calls function_call": "tool calls are not trained: leave such rows out",
+    "image images video videos audio audios": "only text is trained: leave such rows out",
+    "reasoning_content reasoning thinking": "not trained: write it into the answer or drop it",
+}
+REFUSED_KEYS = {key: remedy for keys, remedy in REMEDIES.items() for key in keys.split()}
+ROW_REFUSED = REFUSED_KEYS | dict.fromkeys(("weight", "loss"), "write it to an assistant turn")
+TURN_REFUSED = REFUSED_KEYS | {"name": "Qwen2's format has no names: write it into the content"}
 
 
 class UserError(Exception):
@@ -40,90 +60,9 @@ def say(text: str, file=None) -> None:
     (file or sys.stdout).flush()
 
 
-def find_data_files(data_path: str) -> dict[str, Path]:
-    """Return {"train": file} and, if there is one, {"validation": file}; raises UserError."""
-    path, found = Path(data_path), {}
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; --data_path names your file or folder")
-    for split in ("train", "validation"):
-        files = [path] if split == "train" and path.is_file() else path.glob(f"{split}.*")
-        found[split] = [file for file in files if file.suffix in DATA_SUFFIXES]
-    if len(found["train"]) != 1 or len(found["validation"]) > 1:
-        wanted = f"be a file ({', '.join(DATA_SUFFIXES)}) or a folder with one named train.*"
-        raise UserError(f"{path}: must {wanted}, and at most one named validation.*")
-    return {split: files[0] for split, files in found.items() if files}
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict | str]]:
-    """Yield (line or row number from 1, row); in the place of an unreadable row, what is wrong."""
-    if path.suffix == ".jsonl":
-        with open(path, "rb") as file:  # as bytes only \n ends a line: texts may hold U+2028
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield number, parse_json(line)
-    elif path.suffix == ".csv":  # texts stay as they are written; an empty field is none
-        csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
-                wrong = "has more fields than the header; put quotes around texts with commas"
-                row = {key: value for key, value in row.items() if value}
-                yield number, wrong if None in row else row
-    else:
-        import datasets
-
-        options = {"data_files": str(path), "split": "train", "streaming": True}
-        for number, row in enumerate(datasets.load_dataset(path.suffix[1:], **options), 1):
-            yield number, {key: value for key, value in row.items() if value is not None}
-
-
-def parse_json(line: bytes) -> dict | str:
-    """Return the JSON object of a line, or what is wrong with it."""
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key appears twice")
-        return dict(pairs)
-
-    if line.startswith(b"\xef\xbb\xbf"):
-        return "begins with a byte order mark (BOM); save the file as UTF-8 without BOM"
-    try:
-        row = json.loads(line.rstrip(b"\r\n").decode(), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 (byte {error.start}); save the file as UTF-8"
-    except json.JSONDecodeError as error:
-        return f"is broken JSON: {error.msg.removesuffix(' at')} at character {error.pos}"
-    except (ValueError, RecursionError) as error:
-        return f"is broken JSON: {error}"
-    return row if isinstance(row, dict) else "is not a JSON object"
-
-
-def parse_row(row: dict | str, system_prompt: str) -> list[dict]:
-    """Return [{"role", "content"}, ...]: system, user, assistant, ...; or ValueError, why not."""
-    if isinstance(row, str):
-        raise ValueError(row)
-    keys = {"system": "system", "query": "user", "answer": "assistant"}
-    turns = [{"role": keys[key], "content": row[key]} for key in keys if key in row]
-    turns = row.get("messages", turns)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError('has "messages" that are not a list of {"role": ..., "content": ...}')
-    if not turns or turns[0].get("role") != "system":
-        turns = [{"role": "system", "content": system_prompt}, *turns]
-    roles = [turn.get("role") for turn in turns]
-    if len(roles) < 3 or roles[1:] != ["user", "assistant"] * (len(roles) // 2):
-        found = ", ".join(map(str, ["roles", *roles[1:]] if "messages" in row else row))
-        raise ValueError(
-            'wants "query" and "answer", or "messages" in which user and assistant alternate, '
-            f"assistant last; has {found[:80]!r}"  # as repr: nothing unprintable
-        )
-    for turn in turns:
-        role, text = turn["role"], turn.get("content")
-        if not isinstance(text, str):
-            raise ValueError(f"its {role} text is not a string")
-        if not text.strip() and role != "system":
-            raise ValueError(f"has an empty {role} text")
-        if NOT_TEXT.search(text):
-            raise ValueError(f"its {role} text has a NUL or half a surrogate pair")
-    return turns
+def printable(text: str) -> str:
+    """Return a text of the data with all that a terminal would obey written as an escape."""
+    return NOT_PRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def file_sha256(path) -> str:
@@ -131,128 +70,193 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def encode_file(path: Path, tokenizer, system_prompt: str, encode_batch, script: str):
-    """Return all rows as a datasets.Dataset on disk, encoded once and found again by content.
+# ---- Files --------------------------------------------------------------------------------------
+def find_data_files(data_path: str | list[str]) -> dict[str, list[Path]]:
+    """Return {"train": files} and, if there are any, {"validation": files}; raises UserError.
 
-    Columns: input_ids [T], labels [T], line (number in the file), error (why the row is refused, or
-    ""), num_tokens, num_answer_tokens, num_control_tokens (those spelled in the row's texts).
+    A file alone is trained; of several, and of a folder's, the names decide. Test files serve as
+    validation where there are no others. What else looks like data in a folder is named.
     """
-    import datasets
-
-    control_tokens = tokenizer.all_special_tokens
-
-    def encoded_rows():
-        rows = read_rows(path)
-        while batch := list(itertools.islice(rows, ENCODE_BATCH)):
-            parsed = []
-            for line, row in batch:
-                try:
-                    parsed.append((line, parse_row(row, system_prompt), ""))
-                except ValueError as error:
-                    parsed.append((line, [], str(error)))  # no turns: no tokens
-            examples = encode_batch([turns for _, turns, _ in parsed], tokenizer)
-            for (line, turns, error), example in zip(parsed, examples):
-                text = "\n".join(turn["content"] for turn in turns)
-                yield {
-                    **example,
-                    "line": line,
-                    "error": error,
-                    "num_tokens": len(example["input_ids"]),
-                    "num_answer_tokens": len(example["labels"])
-                    - example["labels"].count(IGNORE_INDEX),
-                    "num_control_tokens": sum(text.count(token) for token in control_tokens),
-                }
-
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-    features = {"input_ids": ids, "labels": ids, "line": number, "error": datasets.Value("string")}
-    features |= {f"num_{kind}tokens": number for kind in ("", "answer_", "control_")}
-    unreadable = (OSError, ValueError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError)
-    with as_user_error(unreadable, f"{path}: cannot be read or cached"):
-        if next(read_rows(path), None) is None:
-            raise UserError(f"{path}: is empty; it needs one conversation per line or row")
-        vocabulary, script = tokenizer.backend_tokenizer.to_str(), file_sha256(script)
-        causes = file_sha256(path) + path.suffix + system_prompt + vocabulary + script
-        table = datasets.Dataset.from_generator(
-            encoded_rows,
-            features=datasets.Features(features),
-            fingerprint=hashlib.sha256(causes.encode()).hexdigest(),
-        )
-    return table.with_format("numpy")
+    given = [Path(path) for path in ([data_path] if isinstance(data_path, str) else data_path)]
+    found = {"train": [], "validation": [], "test": [], "other": []}
+    for path in given:
+        if not path.exists():
+            raise UserError(f"{path}: does not exist; --data_path names your files or folder")
+        if path.is_file() and path.suffix not in DATA_SUFFIXES:
+            raise UserError(f"{path}: is none of {', '.join(DATA_SUFFIXES)}")
+        for file in [path] if path.is_file() else sorted(path.iterdir()):
+            names = (split for split, name in SPLIT_NAMES.items() if re.match(name, file.name))
+            split = next(names, "train" if file == path else "other")
+            readable = file.is_file() and file.suffix in DATA_SUFFIXES
+            if readable or split != "other":
+                found["train" if given == [file] else split if readable else "other"].append(file)
+    found["other" if found["validation"] else "validation"] += found.pop("test")
+    if ignored := found.pop("other"):
+        print(f"not read   {', '.join(map(str, ignored))}")
+    if not found["train"]:
+        raise UserError(f"{given[0]}: has no file train*, of {', '.join(DATA_SUFFIXES)}")
+    for files in found.values():
+        if len({file.suffix for file in files}) > 1:
+            raise UserError(f"{files[0]} and {files[-1]}: two formats; name the files you mean")
+        parts = Counter(re.sub(r"-\d+-of-", "-*-of-", str(file)) for file in files)
+        for name, number in parts.items() if given[0].is_dir() else ():
+            total = re.search(r"-\*-of-0*(\d+)\.", name)
+            if total and int(total[1]) != number:
+                raise UserError(f"{name}: has {total[1]} parts, but {number} are here")
+    return {split: files for split, files in found.items() if files}
 
 
-def fit_rows(table, path: Path, max_len: int, overflow_strategy: str, skip_bad_rows: bool = False):
-    """Return the rows to train on, and counts {name: number} of rows and of answer tokens.
+def read_rows(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[tuple[int, dict]]:
+    """Yield (line or row number from 1, row); in the place of an unreadable row, what is wrong.
 
-    Rows read = trained + dropped + rejected, and answer tokens read = trained + cut + dropped. A
-    row whose answer begins beyond max_len is dropped in any case: it has nothing to train.
+    Of JSONL the lines that begin within these bytes, of other files all rows, or none if start > 0.
+    Raises UserError where the rest of the file cannot be read.
     """
-    lengths, answer_tokens = table["num_tokens"][:], table["num_answer_tokens"][:]
-    rejected, over = np.flatnonzero(lengths == 0), np.flatnonzero(lengths > max_len)
-    if len(rejected):
-        lines = [f"{path}:{row['line']}: {row['error']}" for row in table.select(rejected[:20])]
-        lines += ["..."] * (len(rejected) > len(lines))
-        report = "\n".join([*lines, f"{len(rejected)} of {len(table)} rows are refused"])
-        if not skip_bad_rows:
-            raise UserError(f"{report}; fix them, or train without them: --skip_bad_rows")
-        print(report, file=sys.stderr)
-    if overflow_strategy == "error" and len(over):
-        raise UserError(
-            f"{path}:{table[over[0]]['line']}: {lengths[over[0]]} tokens, and max_len is {max_len} "
-            f"({len(over)} such rows); raise --max_len or choose another --overflow_strategy"
+    readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    with as_user_error((OSError, ValueError, RuntimeError, csv.Error), f"{path}: cannot be read"):
+        if path.suffix == ".jsonl":
+            yield from read_lines(path, start, end)
+        elif start == 0:
+            yield from readers[path.suffix](path)
+
+
+def read_lines(path: Path, start: int = 0, end: int = sys.maxsize):
+    with open(path, "rb") as file:  # as bytes only \n ends a line: texts may hold U+2028
+        number = 1
+        while start and (block := file.read(min(2**20, start - 1 - file.tell()))):
+            number += block.count(b"\n")
+        if start:  # the line that begins before it is not of this part
+            number += file.readline().count(b"\n")
+        position = file.tell()
+        for line in file:
+            if position >= end:
+                break
+            if not line.isspace():
+                yield number, parse_json(line.rstrip(b"\r\n"))
+            number, position = number + 1, position + len(line)
+
+
+def read_json(path: Path):
+    whole = path.read_bytes()
+    rows = parse_json(whole)
+    if isinstance(rows, str) and not whole.removeprefix(BOM).lstrip().startswith(b"["):
+        yield from read_lines(path)
+    elif isinstance(rows, str):
+        raise ValueError(rows)
+    else:
+        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
+
+
+def read_csv(path: Path):
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of over 131,072 characters
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = csv.DictReader(file, strict=True)
+            if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+                raise ValueError("a column appears twice")
+            for number, row in enumerate(rows, 1):  # texts as they are written, empty ones are none
+                if None in row:
+                    row[None] = "has more fields than the header; put texts with commas in quotes"
+                yield number, {key: value for key, value in row.items() if value}
+        except UnicodeDecodeError:
+            raise ValueError(f"is not UTF-8; {NOT_UTF8}") from None
+
+
+def read_parquet(path: Path):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+        yield from enumerate(itertools.chain.from_iterable(batches), 1)
+
+
+def parse_json(text: bytes):
+    """Return what a JSON text says, or a str: what is wrong with it.
+
+    An object in which a key appears twice has, under the key None, what is wrong with it.
+    """
+
+    def unique(pairs):
+        twice = {None: "has a key that appears twice"} if len(dict(pairs)) < len(pairs) else {}
+        return dict(pairs) | twice
+
+    try:
+        value = json.loads(text.removeprefix(BOM).decode(), object_pairs_hook=unique)
+        return value if isinstance(value, dict | list) else "is not a JSON object"
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start}); {NOT_UTF8}"
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" * (error.lineno > 1)
+        return f"is broken JSON: {error.msg.removesuffix(' at')} at character {error.colno}{line}"
+    except (ValueError, RecursionError) as error:
+        return f"is broken JSON: {error}"
+
+
+# ---- What a row says ----------------------------------------------------------------------------
+def parse_row(row, system_prompt: str) -> list[dict]:
+    """Return [{"role", "content"}, ...]: system, user, assistant, ...; or ValueError, why not.
+
+    An assistant turn that is context, not to be trained, has "weight": 0.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(row if isinstance(row, str) else "is not a JSON object")
+    row = checked_keys(row, ROW_REFUSED)
+    roles = {"query": "user", "answer": "assistant"}
+    pair = [{"role": roles[key], "content": row[key]} for key in roles if key in row]
+    turns = row.get("messages", pair)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('has "messages" that are not a list of {"role": ..., "content": ...}')
+    turns = [checked_keys(turn, TURN_REFUSED) for turn in turns]
+    has_system = bool(turns) and turns[0].get("role") == "system"
+    if ("messages" in row and pair) or ("system" in row and has_system):
+        raise ValueError('has "messages" and beside it what is in them: "query" or "system"')
+    if not has_system:
+        turns = [{"role": "system", "content": row.get("system", system_prompt)}, *turns]
+    found = [turn.get("role") for turn in turns[1:]]
+    if not found or found != ["user", "assistant"] * (len(turns) // 2):
+        found = ", ".join(map(str, ["roles", *found] if "messages" in row else row))
+        raise ValueError(
+            'wants "query" and "answer", or "messages" in which user and assistant alternate, '
+            f"assistant last; has {found[:80]!r}"  # as repr: nothing unprintable
         )
-    kept = answer_tokens.copy()
-    for i in over:
-        labels = table[i]["labels"][:max_len]
-        kept[i] = (labels != IGNORE_INDEX).sum() if overflow_strategy == "truncate" else 0
-    trained = kept > 0
-    if not trained.any():
-        raise UserError(f"{path}: no answer begins within max_len {max_len}; raise --max_len")
-    counts = {
-        "rows_read": len(table),
-        "rows_trained": int(trained.sum()),
-        "rows_cut": int(trained[over].sum()),
-        "rows_dropped": int((~trained).sum()) - len(rejected),
-        "rows_rejected": len(rejected),
-        "answer_tokens_read": int(answer_tokens.sum()),
-        "answer_tokens_trained": int(kept.sum()),
-        "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
-        "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
-        "control_tokens": int(table["num_control_tokens"][:].sum()),
-    }
-    rows = table if trained.all() else table.select(np.flatnonzero(trained))
-    return rows.select_columns(["input_ids", "labels", "line", "num_tokens"]), counts
+    turns = [parse_turn(turn) for turn in turns]
+    if all(turn.get("weight") == 0 for turn in turns[2::2]):
+        raise ValueError("has nothing to train: the weight of each assistant turn is 0")
+    return turns
 
 
-def write_rejected(table, path: Path, file) -> None:
-    """Write each refused row to a JSONL file: where it stands, why it is refused, and its text."""
-    rejected = table.select(np.flatnonzero(table["num_tokens"][:] == 0))
-    errors = {int(row["line"]): str(row["error"]) for row in rejected}
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, row in enumerate(lines, 1) if path.suffix == ".jsonl" else read_rows(path):
-            if number in errors:
-                about = {"file": str(path), "line": number, "error": errors[number], "row": row}
-                file.write(json.dumps(about, ensure_ascii=False, default=str) + "\n")
+def checked_keys(about: dict, refused: dict[str, str]) -> dict:
+    """Return a row or turn without what is null; raises ValueError for a key that is refused."""
+    about = {key: value for key, value in about.items() if value is not None}
+    if None in about:
+        raise ValueError(about[None])
+    for key in sorted(about.keys() & refused.keys()):
+        if about[key] not in ("", [], {}):
+            raise ValueError(f'has "{key}": {refused[key]}')
+    return about
 
 
-def paint(row: dict, tokenizer, color: bool) -> str:
-    """Return a row's text with its trained tokens marked: in green, or in brackets."""
-    on, off = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
-    text = ""
-    edges = np.flatnonzero(np.diff(row["labels"] != IGNORE_INDEX)) + 1
-    for i, part in enumerate(np.split(row["input_ids"], edges)):  # context, trained, context, ...
-        text += on + tokenizer.decode(part) + off if i % 2 else tokenizer.decode(part)
-    return text
+def parse_turn(turn: dict) -> dict:
+    """Return {"role", "content"}, of a turn that is only context with "weight": 0."""
+    role, text = turn["role"], turn.get("content")
+    weights = [turn[key] for key in ("weight", "loss") if key in turn]
+    if not isinstance(text, str):
+        raise ValueError(f"its {role} text is not a string")
+    if not text.strip() and role != "system":
+        raise ValueError(f"has an empty {role} text")
+    if NOT_TEXT.search(text):
+        raise ValueError(f"its {role} text has a NUL or half a surrogate pair")
+    if any(weight not in (0, 1) for weight in weights) or len(set(weights)) > 1:
+        raise ValueError('has a "weight" that is not 0 or 1, or a "loss" not true or false')
+    if role != "assistant" and any(weights):
+        raise ValueError(f"its {role} turn has a weight; only assistant turns are trained")
+    context = role == "assistant" and 0 in weights
+    return {"role": role, "content": text} | ({"weight": 0} if context else {})
 
 
-def print_data(split: str, path: Path, counts: dict) -> None:
-    c = {name: f"{number:,}" for name, number in counts.items()}
-    rows = [f"{c['rows_' + name]} {name}" for name in ("trained", "dropped", "rejected")]
-    tokens = [f"{c['answer_tokens_' + name]} {name}" for name in ("trained", "cut", "dropped")]
-    print(f"{split:10} {path}: {c['rows_read']} rows = {' + '.join(rows)} ({c['rows_cut']} cut)")
-    print(f"{'':10} {c['answer_tokens_read']} answer tokens = {' + '.join(tokens)}")
-    if counts["control_tokens"]:
-        print(f"{'':10} {c['control_tokens']} control tokens spelled in texts stay plain text")
-
-
-def row_place(row: dict) -> str:
-    return f"train:{row['line']}"
+def ignored_keys(row: dict) -> str:
+    """Return the names of what a good row says to no effect."""
+    keys = row.keys() - ROW_KEYS - ROW_REFUSED.keys()
+    for turn in row.get("messages") or ():
+        keys |= turn.keys() - {*TURN_KEYS, "weight", "loss"} - TURN_REFUSED.keys()
+    return ", ".join(map(repr, sorted(keys)))

@@ -31,6 +31,7 @@ import transformers
 
 import sft_qwen2
 from sft import arguments, memory_plan
+from sft.rows import read_rows
 
 
 def free_port() -> int:
@@ -83,7 +84,7 @@ def save_gradients(job: dict, rank: int) -> int:
             fully_shard(module)
     data = Path(__file__).resolve().parents[1] / "data" / "train.jsonl"
     tokenizer = sft_qwen2.load_tokenizer(model_dir, "Be brief.")
-    turns = [sft_qwen2.parse_row(row, "Be brief.") for _, row in sft_qwen2.read_rows(data)][:16]
+    turns = [sft_qwen2.parse_row(row, "Be brief.") for _, row in read_rows(data)][:16]
     rows = [sft_qwen2.encode(conversation, tokenizer) for conversation in turns]
     rows = [{name: np.array(ids) for name, ids in row.items()} for row in rows]
     batches, trained_tokens = sft_qwen2.collate(rows, 2048, 700, rank, world)

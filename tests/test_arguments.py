@@ -136,7 +136,7 @@ def test_wrong_arguments_are_one_line(capsys, tmp_path):
 def test_only_stochastic_rounding_has_bf16_weights(optim):
     """--optim is taken as it is given, also where it is Trainer's default, over fp32 weights."""
     chosen = parse(*(["--optim", optim] if optim else []))[0].chosen_optim
-    for own in (choose_precision(gpu, 1, False) for gpu in ((8, 0), (7, 0), None)):
+    for own in (choose_precision(gpu, False) for gpu in ((8, 0), (7, 0), None)):
         precision = with_optim(own, chosen)
         assert precision == own if optim in (None, own.optim) else precision.optim == optim
         rounds = precision.optim == "adamw_torch_8bit"

@@ -8,7 +8,8 @@ import torch
 import transformers
 from conftest import ROOT
 
-from sft.rows import IGNORE_INDEX, parse_row
+from sft.encoded_rows import IGNORE_INDEX
+from sft.rows import parse_row
 from sft_qwen2 import bin_rows, collate, encode, flatten, load_model
 
 NO_MASK = {"full_attention": None}

@@ -311,7 +311,9 @@ def test_the_picture_marks_what_is_trained(readme, tiny_tokenizer):
         [{"role": role, "content": text} for role, text in turns], tiny_tokenizer
     )
     arrays = {name: torch.tensor(ids).numpy() for name, ids in row.items()}
-    assert sft_qwen2.paint(arrays, tiny_tokenizer, False) + "\n" == painted.replace("⏎", "\n")
+    assert sft_qwen2.mark_trained_tokens(arrays, tiny_tokenizer, False) + "\n" == painted.replace(
+        "⏎", "\n"
+    )
 
 
 # ---- Tables and figures -------------------------------------------------------------------------

@@ -1,230 +1,397 @@
-"""Rows: what is refused and how it is said, file formats, and the overflow law."""
+"""Rows: what they may say, what is refused, which files are read, and the overflow law."""
 
+import csv
+import itertools
 import json
+import os
+import re
+import shlex
+import subprocess
 
-import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
 import sft_qwen2
-from sft_qwen2 import IGNORE_INDEX, UserError, encode_file, fit_rows, read_rows
+from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
+from sft.rows import UserError, find_data_files, parse_row
 
 GOOD = {"query": "q", "answer": "a"}
+Q, A, S = (
+    {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s"))
+)
+A0 = {**A, "weight": 0}
 
 
 @pytest.fixture
-def refuse(run_main, tiny_model_dir, monkeypatch, tmp_path):
-    """A function: a data path to the sentence the run stops with, before it loads a model."""
+def encoded(tiny_tokenizer):
+    """A function: a file or files, and what differs from the usual, to all their rows."""
 
-    def load_model(*args, **kwargs):
-        raise AssertionError("loads a model before the data is known to be good")
+    def encoded(paths, tokenizer=tiny_tokenizer, system="default", **more):
+        paths = paths if isinstance(paths, list) else [paths]
+        more = {"encode_batch": sft_qwen2.encode_batch, "script": sft_qwen2.__file__, **more}
+        return encode_files(paths, tokenizer, system, **more)
 
-    def refuse(path, *flags) -> str:
-        monkeypatch.setattr(sft_qwen2, "load_model", load_model)
-        argv = ["--model_name_or_path", tiny_model_dir, "--data_path", path, "--report_to", "none"]
-        code, _, err = run_main(*argv, "--output_dir", tmp_path, *flags)
-        assert code == 1
-        assert "Traceback" not in err and err.startswith("error: ")
-        return err
-
-    return refuse
+    return encoded
 
 
-def turns(*pairs) -> bytes:
-    return json.dumps({"messages": [{"role": r, "content": c} for r, c in pairs]}).encode()
+def contents(rows) -> list[tuple]:
+    return [(row["input_ids"].tolist(), row["labels"].tolist(), row["error"]) for row in rows]
 
 
-def pair(query, answer) -> bytes:
-    return json.dumps({"query": query, "answer": answer}).encode()
+def dumps(*turns, **keys) -> bytes:
+    return json.dumps({"messages": turns, **keys} if turns else keys).encode()
 
 
-Q, A, S = ("user", "q"), ("assistant", "a"), ("system", "s")
-BAD_ROWS = {
-    "broken JSON": (b'{"query": "q", "answer": ', "JSON"),
-    "cut string": (b'{"query": "q", "answer": "a', "JSON"),
-    "two objects": (b'{"query": "q", "answer": "a"} {}', "JSON"),
-    "an array": (b'["q", "a"]', "not a JSON object"),
-    "a string": (b'"q"', "not a JSON object"),
-    "null": (b"null", "not a JSON object"),
-    "no query": (b'{"answer": "a"}', '"query" and "answer"'),
-    "no answer": (b'{"query": "q"}', '"query" and "answer"'),
-    "nothing": (b"{}", '"query" and "answer"'),
-    "other names": (b'{"instruction": "q", "output": "a"}', "instruction"),
-    "empty query": (pair("", "a"), "empty user"),
-    "empty answer": (pair("q", ""), "empty assistant"),
-    "blank answer": (pair("q", " \n\t\u3000"), "empty assistant"),
-    "null answer": (pair("q", None), "not a string"),
-    "number": (pair("q", 42), "not a string"),
-    "list": (pair(["q"], "a"), "not a string"),
-    "system not text": (b'{"system": 1, "query": "q", "answer": "a"}', "not a string"),
-    "messages not a list": (b'{"messages": "q"}', "messages"),
-    "messages of strings": (b'{"messages": ["q", "a"]}', "messages"),
-    "no messages": (b'{"messages": []}', '"messages"'),
-    "no content": (b'{"messages": [{"role": "user"}, {"role": "assistant"}]}', "not a string"),
-    "unknown role": (turns(Q, ("tool", "t"), A), "tool"),
-    "role not text": (turns(([], "q"), A), "roles"),
-    "no role": (b'{"messages": [{"content": "q"}, {"content": "a"}]}', "roles"),
-    "wrong order": (turns(A, Q), "assistant, user"),
-    "two users": (turns(Q, Q, A), "alternate"),
-    "late system": (turns(Q, S, A), "alternate"),
-    "no assistant": (turns(S, Q), "assistant last"),
-    "only system": (turns(S), "assistant last"),
-    "user last": (turns(Q, A, Q), "assistant last"),
-    "empty turn": (turns(Q, A, Q, ("assistant", "")), "empty assistant"),
-    "cut short": (b'{"query": "q", "answer": "a', "Unterminated string"),
-    "not UTF-8": (b'{"query": "q", "answer": "\xff"}', "UTF-8"),
-    "latin-1": ('{"query": "q", "answer": "café"}'.encode("latin-1"), "UTF-8"),
-    "UTF-16": ('{"query": "q"}'.encode("utf-16"), "UTF-8"),
-    "BOM": (b'\xef\xbb\xbf{"query": "q", "answer": "a"}', "BOM"),
-    "key twice": (b'{"query": "q", "answer": "a", "answer": "b"}', "twice"),
-    "role twice": (b'{"messages": [{"role": "user", "role": "user"}]}', "twice"),
-    "NUL": (pair("q", "a\0b"), "NUL"),
-    "half a pair": (pair("q", "\ud83d"), "surrogate"),
-    "deep": (b'{"query": "q", "answer": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "JSON"),
-    "huge number": (b'{"query": "q", "answer": ' + b"9" * 10_000 + b"}", "JSON"),
+BAD_ROWS = [  # a line of JSONL, and what is said of it
+    (b'{"query": "q", "answer": ', "JSON"),
+    (b'{"query": "q", "answer": "a', "Unterminated string"),
+    (b'{"query": "q", "answer": "a"} {}', "JSON"),
+    (b'["q", "a"]', "not a JSON object"),
+    (b"null", "not a JSON object"),
+    (b'{"answer": "a"}', '"query" and "answer"'),
+    (b"{}", '"query" and "answer"'),
+    (dumps(query="", answer="a"), "empty user"),
+    (dumps(query="q", answer=" \n\t\u3000"), "empty assistant"),
+    (dumps(query="q", answer=None), '"query" and "answer"'),
+    (dumps(query="q", answer=42), "not a string"),
+    (dumps(query=["q"], answer="a"), "not a string"),
+    (dumps(system=1, query="q", answer="a"), "not a string"),
+    (b'{"messages": "q"}', "messages"),
+    (b'{"messages": ["q", "a"]}', "messages"),
+    (b'{"messages": []}', '"messages"'),
+    (b'{"messages": [{"role": "user"}, {"role": "assistant"}]}', "not a string"),
+    (dumps(Q, {"role": "tool", "content": "t"}, A), "tool"),
+    (dumps({"role": [], "content": "q"}, A), "roles"),
+    (b'{"messages": [{"content": "q"}, {"content": "a"}]}', "roles"),
+    (dumps(A, Q), "assistant, user"),
+    (dumps(Q, Q, A), "alternate"),
+    (dumps(Q, S, A), "alternate"),
+    (dumps(S, Q), "assistant last"),
+    (dumps(S), "assistant last"),
+    (dumps(Q, A, Q), "assistant last"),
+    (b'{"query": "q", "answer": "\xff"}', "UTF-8"),
+    ('{"query": "q"}'.encode("utf-16-le"), "JSON"),
+    (b'{"query": "q", "answer": "a", "answer": "b"}', "twice"),
+    (b'{"messages": [{"role": "user", "role": "user"}]}', "twice"),
+    (dumps(query="q", answer="a\0b"), "NUL"),
+    (dumps(query="q", answer="\ud83d"), "surrogate"),
+    (b'{"query": "q", "answer": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "JSON"),
+    (b'{"query": "q", "answer": ' + b"9" * 10_000 + b"}", "JSON"),
+    # What would have been ignored, or was
+    (dumps(query="q", answer="a", history=[["q", "a"]]), '"history": another format'),
+    (dumps(Q, A, tools=[{"name": "f"}]), '"tools": tool calls'),
+    (dumps(Q, {**A, "tool_calls": [{}]}), '"tool_calls"'),
+    (dumps(Q, {**A, "reasoning_content": "hm"}), '"reasoning_content": not trained'),
+    (dumps({**Q, "name": "Bob"}, A), '"name"'),
+    (dumps(instruction="q", output="a"), "docs/data.md"),
+    (dumps(prompt="q", completion="a"), "docs/data.md"),
+    (dumps(conversations=[{"from": "human", "value": "q"}]), "docs/data.md"),
+    (dumps(query="q", answer="a", images=["x.png"]), '"images": only text'),
+    (dumps(Q, A, query="q"), 'beside it what is in them: "query"'),
+    (dumps(S, Q, A, system="s"), "beside it"),
+    (dumps(query="q", answer="a", weight=0), '"weight": write it to an assistant turn'),
+    (dumps(Q, A0), "nothing to train"),
+    (dumps(Q, {**A, "weight": 0.5}), "not 0 or 1"),
+    (dumps(Q, {**A, "loss": "no"}), "not 0 or 1"),
+    (dumps(Q, {**A, "weight": 1, "loss": False}), "not 0 or 1"),
+    (dumps({**Q, "loss": True}, A), "user turn has a weight"),
+]
+GOOD_ROWS = [  # a line of JSONL, the turns after system it gives, and its system
+    (dumps(**GOOD), [Q, A], "default"),
+    (dumps(**GOOD, system=None, history=[], tools=None, input=""), [Q, A], "default"),
+    (dumps(**GOOD, system=""), [Q, A], ""),
+    (dumps(Q, A, system="own"), [Q, A], "own"),
+    (dumps(S, Q, A, Q, A), [Q, A, Q, A], "s"),
+    (dumps(Q, {**A, "weight": 0}, Q, {**A, "weight": 1}), [Q, A0, Q, A], "default"),
+    (
+        dumps({**Q, "loss": False}, {**A, "loss": False}, Q, {**A, "loss": True}),
+        [Q, A0, Q, A],
+        "default",
+    ),
+    (
+        dumps({**Q, "name": None}, {**A, "weight": None, "at": 1}, id=7, score=0.5),
+        [Q, A],
+        "default",
+    ),
+    (b"\xef\xbb\xbf" + dumps(**GOOD), [Q, A], "default"),
+    (b'{"query": "q", "answer": "a"}\r', [Q, A], "default"),
+]
+
+
+def test_rows_say_what_they_say_or_are_refused(encoded, write_rows, tiny_tokenizer):
+    """Every row is taken whole, weights and system and all, or named by its line and a reason."""
+    lines = [line for line, *_ in GOOD_ROWS] + [b"", b" \t"] + [line for line, _ in BAD_ROWS]
+    path = write_rows(b"\n".join(lines))  # U+2028 and its like end no line
+    rows, at = encoded(path), itertools.count(1)
+    for row, (line, turns, system) in zip(rows, GOOD_ROWS):
+        turns = [{"role": "system", "content": system}, *turns]
+        assert row["error"] == "" and row["place"] == f"{path}:{next(at)}", line
+        expected = sft_qwen2.encode(turns, tiny_tokenizer)
+        assert row["input_ids"].tolist() == expected["input_ids"], line
+        assert row["labels"].tolist() == expected["labels"], line
+    for row, (line, reason) in zip(rows.select(np.arange(len(GOOD_ROWS), len(rows))), BAD_ROWS):
+        assert reason in row["error"] and len(row["error"]) < 300, (line[:99], row["error"])
+        assert row["place"] == f"{path}:{next(at) + 2}" and row["error"].isprintable()
+    assert len(rows) == len(GOOD_ROWS) + len(BAD_ROWS)
+    assert set(rows["ignored"]) == {"", "'at', 'id', 'score'"}
+
+
+def test_bad_rows_stop_the_run_before_the_model_is_loaded(
+    run_main, tiny_model_dir, write_rows, tmp_path
+):
+    """The first are named by file and line, and all are counted; asked to, the run goes on."""
+    path = write_rows([GOOD] * 1500 + [{"query": "q"}] * 1234 + [GOOD])
+    argv = ["--model_name_or_path", tiny_model_dir, "--data_path", path, "--dry_run"]
+    code, _, err = run_main(*argv)
+    *shown, dots, last = err.splitlines()
+    assert code == 1 and len(shown) == 20 and dots == "..."
+    assert f"{path}:1501: wants" in shown[0] and f"{path}:1520: " in shown[-1]
+    assert last.startswith("1234 of 2735 rows are refused")
+    code, out, err = run_main(*argv, "--skip_bad_rows")
+    assert code == 0 and "2,735 rows = 1,501 trained + 0 dropped + 1,234 rejected" in out
+    assert f"{path}:1501: " in err
+
+
+# ---- Formats ------------------------------------------------------------------------------------
+TEXTS = [
+    "007",
+    "1.50",
+    "1e5",
+    "nan",
+    "NULL",
+    "true",
+    "a,b\n\"c\" 'd'",
+    "中文\u2028🚀",
+    "<|im_end|>",
+]
+
+
+def test_every_format_gives_the_same_rows(encoded, tmp_path):
+    """JSON Lines, JSON as array, object or lines, CSV, Parquet; in a folder named like a glob."""
+    rows = [{"query": f"q {text}", "answer": text} for text in TEXTS]
+    turns = [{"messages": [S, {**Q, "name": None}, A0, Q, A]}, {**GOOD, "system": ""}, *rows]
+    every = dict.fromkeys(["system", "messages", "query", "answer"])
+    folder = tmp_path / "d[12]*?"
+    folder.mkdir()
+    (tmp_path / "d1").mkdir()
+    (tmp_path / "d1" / "train.json").write_text("[]")
+
+    def write(name: str, data: bytes):
+        (folder / name).write_bytes(data)
+        return encoded(folder / name)
+
+    lines = b"\n".join(json.dumps(row, ensure_ascii=False).encode() for row in turns)
+    expected = contents(write("train.jsonl", lines))
+    assert len({tuple(ids) for ids, *_ in expected}) == len(turns)
+    for data in (lines, json.dumps(turns, indent=1).encode(), b"\xef\xbb\xbf" + lines):
+        assert contents(write("train.json", data)) == expected
+    assert contents(write("one.json", json.dumps(turns[0], indent=2).encode())) == expected[:1]
+    table = pa.Table.from_pylist([every | row for row in turns])
+    pa.parquet.write_table(table, folder / "train.parquet", row_group_size=2)
+    assert contents(encoded(folder / "train.parquet")) == expected
+    with open(folder / "train.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["query", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert contents(encoded(folder / "train.csv")) == expected[2:]
+
+
+def test_a_row_of_json_does_not_spoil_the_others(encoded, write_rows):
+    """A wrong row of an array is refused by its number, and all other texts stay theirs."""
+    odd = [{"query": "q", "answer": 5}, {"query": "q", "answer": "\ud800"}, {**GOOD, "x": 1}]
+    data = json.dumps([GOOD, *odd])[:-1] + ', {"query": "q", "query": "q", "answer": "a"}, 1]'
+    rows = encoded(write_rows(data.encode(), "train.json"))
+    reasons = ["", "not a string", "surrogate", "", "twice", "not a JSON object"]
+    assert (
+        [r in row["error"] for r, row in zip(reasons, rows)] == [True] * 6 == [len(rows) == 6] * 6
+    )
+    assert rows[3]["input_ids"].tolist() == rows[0]["input_ids"].tolist()
+    assert rows[4]["place"].endswith("train.json:5")
+
+
+UNREADABLE = {
+    "empty": ("train.jsonl", b"", "is empty"),
+    "blank": ("train.jsonl", b"\n\r\n", "is empty"),
+    "empty array": ("train.json", b"[]", "is empty"),
+    "no CSV": ("train.csv", b"", "is empty"),
+    "no Parquet": ("train.parquet", b"PAR1", "cannot be read"),
+    "broken array": ("train.json", b'[{"query": "q"},\n{"answer"]', "of line 2"),
+    "GBK": ("train.csv", "query,answer\n你好,好".encode("gbk"), "save the file as UTF-8"),
+    "NUL in CSV": ("train.csv", b'query,answer\n"q,a', "cannot be read"),
+    "column twice": ("train.csv", b"query,answer,answer\nq,a,b", "a column appears twice"),
 }
 
 
-@pytest.mark.parametrize("line, reason", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_named(line, reason, refuse, write_rows):
-    """A bad row stops the run before the model is loaded, named as `file:line: reason`."""
-    good = json.dumps(GOOD).encode()
-    path = write_rows(b"\n".join([good, b"", good, line, good]) + b"\n")
-    first, last = refuse(path).splitlines()
-    where, _, said = first.removeprefix("error: ").partition(": ")
-    assert where == f"{path}:4"
-    assert reason in said and len(said) < 300
-    assert last.startswith("1 of 4 rows are refused")
+@pytest.mark.parametrize(("name", "data", "said"), UNREADABLE.values(), ids=UNREADABLE)
+def test_files_that_cannot_be_read_get_a_sentence(name, data, said, encoded, write_rows):
+    path = write_rows(data, name)
+    with pytest.raises(UserError) as error:
+        encoded([write_rows([GOOD]), path])
+    assert str(error.value).startswith(f"{path}: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_all_bad_rows_are_counted(refuse, write_rows):
-    """Of many bad rows the first are shown, each on its line, and all are counted."""
-    path = write_rows([GOOD] * 1500 + [{"query": "q"}] * 1234 + [GOOD])
-    *shown, dots, last = refuse(path).splitlines()
-    assert len(shown) == 20 and f"{path}:1501: " in shown[0] and f"{path}:1520: " in shown[-1]
-    assert dots == "..."
-    assert last.startswith("1234 of 2735 rows are refused")
+def test_csv_keeps_what_a_field_says(encoded, write_rows):
+    """A comma without quotes would cut a text in two; long texts are read; empty ones are none."""
+    long = "long " * 30_000
+    rows = encoded(
+        write_rows(f"query,answer\nq,a\nHello, w,Hi\nq,\nq,{long}".encode(), "train.csv")
+    )
+    reasons = ["", "more fields than the header", 'wants "query" and "answer"', ""]
+    assert all(reason in row["error"] for reason, row in zip(reasons, rows, strict=True))
+    assert rows[3]["num_answer_tokens"] > 60_000 / 2
 
 
-def test_lines_are_counted_as_editors_do(refuse, write_rows):
-    """CRLF ends one line and blank lines count; U+2028 and its like inside a text end none."""
-    text = '{"query": "a\u2028b\u2029c\x85d\x0ce", "answer": "\u2028"}'.replace("\x0c", "\\f")
-    lines = [text, "", text, " \t", '{"query": "q"}', text]
-    path = write_rows("\r\n".join(lines).encode())
-    assert f"{path}:5: " in refuse(path)
-    rows = [row for number, row in read_rows(path) if number != 5]
-    assert rows == [{"query": "a\u2028b\u2029c\x85d\x0ce", "answer": "\u2028"}] * 3
+FOLDERS = {  # names in a folder: what is trained, validated, and said
+    "train.jsonl validation.jsonl": ("train.jsonl", "validation.jsonl", ""),
+    "train_b.jsonl train-a.jsonl": ("train-a.jsonl train_b.jsonl", "", ""),
+    "train.csv dev.jsonl": ("train.csv", "dev.jsonl", ""),
+    "train.csv val_1.csv valid.csv test.csv": ("train.csv", "val_1.csv valid.csv", "test.csv"),
+    "train.csv test.csv": ("train.csv", "test.csv", ""),
+    "train.csv README.md more.csv train.txt": ("train.csv", "", "more.csv train.txt"),
+    "train-0-of-2.csv train-1-of-2.csv": ("train-0-of-2.csv train-1-of-2.csv", "", ""),
+    "train-0-of-3.csv train-2-of-3.csv": ("", "", "has 3 parts, but 2 are here"),
+    "train.jsonl train.csv": ("", "", "two formats"),
+    "validation.jsonl": ("", "", "has no file train*"),
+    "": ("", "", "has no file train*"),
+}
 
 
-def test_files_that_are_not_there(refuse, tmp_path):
-    """A data path without data is named in one sentence: missing, empty, ambiguous, unknown."""
-    empty, two, other = tmp_path / "empty", tmp_path / "two", tmp_path / "rows.txt"
-    for folder in (empty, two):
-        folder.mkdir()
-    (empty / "validation.jsonl").write_text(json.dumps(GOOD))
-    (two / "train.jsonl").write_text(json.dumps(GOOD))
-    (two / "train.csv").write_text("query,answer\nq,a\n")
-    other.write_text(json.dumps(GOOD))
-    for path in (tmp_path / "missing", tmp_path / "missing.jsonl", empty, two, other):
-        message = refuse(path)
-        assert str(path) in message and message.count("\n") == 1
+@pytest.mark.parametrize(("names", "expected"), FOLDERS.items(), ids=FOLDERS)
+def test_which_files_of_a_folder_are_read(names, expected, tmp_path, capsys):
+    """Shards and dev files are found, and what is not read is said, or the folder refused."""
+    for name in names.split():
+        (tmp_path / name).touch()
+    train, validation, said = ([str(tmp_path / x) for x in part.split()] for part in expected)
+    if not train:
+        with pytest.raises(UserError, match=re.escape(expected[2])):
+            find_data_files(str(tmp_path))
+        return
+    found = find_data_files(str(tmp_path))
+    assert [str(path) for path in found["train"]] == train
+    assert [str(path) for path in found.get("validation", [])] == validation
+    assert capsys.readouterr().out == ("not read   " + ", ".join(said) + "\n") * bool(said)
+    files = [
+        str(tmp_path / name) for name in sorted(names.split()) if name.endswith((".csv", ".jsonl"))
+    ]
+    if "more" not in names:  # named one by one, the names still decide
+        assert find_data_files(files if len(files) > 1 else str(tmp_path)) == found
+    assert find_data_files(files[-1]) == {"train": [tmp_path / files[-1]]}  # alone: it is meant
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-@pytest.mark.parametrize(
-    "content", [b"", b"\n\r\n", b"\x00\xff{[,"], ids=["empty", "blank", "junk"]
-)
-def test_files_without_a_row(suffix, content, refuse, write_rows):
-    """An empty or unreadable file of any format is named in a sentence, never a traceback."""
-    path = write_rows(content, f"train.{suffix}")
-    assert str(path) in refuse(path)
+def test_shards_train_to_the_last_digit_as_one_file(train, untied_model_dir, write_rows, tmp_path):
+    rows = [{"query": f"q {i}", "answer": "one two " * i} for i in range(1, 31)]
+    for i in range(3):
+        lines = "".join(json.dumps(row) + "\n" for row in rows[10 * i : 10 * i + 10])
+        (tmp_path / f"train-0000{i}-of-00003.jsonl").write_text(lines)
+    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5}
+    one = train(untied_model_dir, write_rows(rows), tmp_path / "one", **flags)
+    three = train(untied_model_dir, tmp_path, tmp_path / "three", **flags)
+    assert one.losses == three.losses and len(one.losses) == 5
+    assert (
+        "30 rows = 30 trained" in three.out and "of-00003.jsonl: 10 rows, 10 trained" in three.out
+    )
 
 
-def test_bad_rows_of_other_formats_are_named(refuse, write_rows, tmp_path):
-    """In JSON arrays, CSV and Parquet a refused row has its number from 1."""
-    rows = [GOOD, {"query": "q", "answer": ""}, GOOD]
-    paths = [write_rows(json.dumps(rows).encode(), "train.json")]
-    paths += [write_rows(b"query,answer\nq,a\nq,\nq,a\n", "train.csv")]
-    paths += [tmp_path / "train.parquet"]
-    datasets.Dataset.from_list(rows).to_parquet(str(paths[-1]))
-    for path in paths:
-        message = refuse(path)
-        assert f"{path}:2: " in message and "1 of 3 rows are refused" in message
+# ---- The cache ----------------------------------------------------------------------------------
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sft_rows"
 
 
-def encodings(path, tokenizer) -> list[tuple]:
-    table = encode_file(path, tokenizer, "default system")
-    assert set(table["error"]) == {""}
-    return [(row["input_ids"].tolist(), row["labels"].tolist()) for row in table]
+@pytest.mark.parametrize("num_proc", [2, 3, 7])
+def test_any_number_of_processes_gives_the_same_table(num_proc, encoded, write_rows, cache):
+    """Lines are cut between processes at any byte; rows, order and line numbers stay."""
+    texts = ["a", "\u2028", "b" * 50, "\r", "é🚀"]
+    lines = [dumps(query=f"q{i}", answer=texts[i % 5] or "x") for i in range(40)]
+    lines[7:9] = [b"", b'{"query": "broken'] + [b" "] * 3
+    one = write_rows(b"\r\n".join(lines))
+    two = write_rows(b"query,answer\nq,a\nq,b\n", "train.csv")
+    expected = encoded([one, two, one], num_proc=1)
+    cache.rename(cache.with_name("before"))
+    rows = encoded([one, two, one], num_proc=num_proc)
+    assert rows.table.equals(expected.table) and len(list(cache.glob("*/*.arrow"))) == num_proc
+    assert [row["place"] for row in rows] == [row["place"] for row in expected]
+    broken = cache.with_name("broken.csv")
+    broken.write_bytes(b"query,answer\n" + b"q,a\n" * 999 + '"你'.encode("gbk"))
+    with pytest.raises(UserError, match=r"broken.csv: cannot be read: is not UTF-8"):
+        encoded([one, broken], num_proc=num_proc)
+    assert not list(cache.glob("*.unfinished"))
 
 
-def test_every_format_gives_the_same_encodings(tiny_tokenizer, write_rows, tmp_path):
-    """The rows of a JSON Lines, JSON, CSV and Parquet file are encoded alike."""
-    texts = ["007", "1.50", "1e5", "nan", "NULL", "None", "true", "a,b\n\"c\" 'd'", "中文\u2028🚀"]
-    rows = [{"query": f"q {text}", "answer": text} for text in texts]
-    expected = encodings(write_rows(rows), tiny_tokenizer)
-    assert len({labels[-2] for _, labels in expected}) > 1
-    table, paths = datasets.Dataset.from_list(rows), {}
-    paths["json"] = write_rows(json.dumps(rows).encode(), "train.json")
-    for suffix in ("csv", "parquet"):
-        paths[suffix] = tmp_path / f"train.{suffix}"
-        getattr(table, f"to_{suffix}")(str(paths[suffix]))
-    for suffix, path in paths.items():
-        assert encodings(path, tiny_tokenizer) == expected, suffix
+def test_the_cache_goes_by_all_that_matters(encoded, write_rows, qwen2_tokenizer, tmp_path, cache):
+    """Content, system prompt, vocabulary and script: another of these, another result."""
+    path, script = write_rows([GOOD]), tmp_path / "script.py"
+    script.write_text("1")
+    ways = [{}, {"system": "other"}, {"tokenizer": qwen2_tokenizer}, {"script": script}]
+    rows = [encoded(path, **way) for way in ways]
+    assert len({tuple(row[0]["input_ids"].tolist()) for row in rows}) == 3
+    assert len(list(cache.glob("*/*.arrow"))) == len(ways)
+    path.write_text(json.dumps(GOOD | {"answer": "b"}))
+    assert encoded(path)[0]["input_ids"].tolist() != rows[0][0]["input_ids"].tolist()
+    never = {"encode_batch": lambda *_: pytest.fail("encoded twice")}
+    copy = write_rows([GOOD])
+    assert encoded(copy, **never)[0]["place"] == f"{copy}:1"
 
 
-def test_numbers_in_csv_stay_as_they_are_written(tiny_tokenizer, write_rows):
-    """A CSV column of nothing but numbers is text: 007 is not 7, and 1.50 is not 1.5."""
-    path = write_rows(b"query,answer\n1,007\n2,1.50\n3,1e400\n", "train.csv")
-    rows = [{"query": "1", "answer": "007"}, {"query": "2", "answer": "1.50"}]
-    expected = encodings(write_rows([*rows, {"query": "3", "answer": "1e400"}]), tiny_tokenizer)
-    assert encodings(path, tiny_tokenizer) == expected
+DAMAGES = {
+    "cut": lambda part: part.write_bytes(part.read_bytes()[:-100]),
+    "cut after a batch": lambda part: rewrite(part, lambda batches: batches[:-1]),
+    "empty": lambda part: part.write_bytes(b""),
+    "part gone": lambda part: part.unlink(),
+    "zeros": lambda part: part.write_bytes(bytes(part.stat().st_size)),
+}
 
 
-def test_conversations_and_systems_in_every_format(tiny_tokenizer, write_rows, tmp_path):
-    """Rows of both shapes may be mixed; an empty system turn is trained as one, in every format."""
-    messages = [{"role": r, "content": c} for r, c in (S, Q, A, Q, A)]
-    rows = [GOOD, {**GOOD, "system": "own"}, {**GOOD, "system": ""}, {"messages": messages}]
-    expected = encodings(write_rows(rows), tiny_tokenizer)
-    assert len({len(ids) for ids, _ in expected}) == 4
-    table = datasets.Dataset.from_list([dict.fromkeys(["system", "messages"]) | r for r in rows])
-    paths = [write_rows(json.dumps(rows).encode(), "train.json"), tmp_path / "train.parquet"]
-    table.to_parquet(str(paths[1]))
-    for path in paths:
-        assert encodings(path, tiny_tokenizer) == expected, path
+def rewrite(part, change) -> None:
+    """Leave an Arrow file without its last batches and without its end, as a full disk does."""
+    batches = pa.ipc.open_file(part.read_bytes())
+    batches = [batches.get_batch(i) for i in range(batches.num_record_batches)]
+    with pa.OSFile(str(part), "wb") as sink:
+        writer = pa.ipc.new_stream(sink, batches[0].schema)
+        for batch in change(batches):
+            writer.write(batch)
 
 
-def test_a_changed_file_is_encoded_anew(tiny_tokenizer, tmp_path):
-    """The cache goes by content: another text, another system prompt, another result."""
-    path, seen = tmp_path / "train.jsonl", []
-    for answer, system in (("a", "s"), ("b", "s"), ("b", "t")):
-        path.write_text(json.dumps({"query": "q", "answer": answer}))
-        table = encode_file(path, tiny_tokenizer, system)
-        seen.append(tuple(table[0]["input_ids"].tolist()))
-    assert len(set(seen)) == 3
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_named_and_mended(damage, encoded, write_rows, cache, capsys):
+    path = write_rows([GOOD] * 2500)
+    before = encoded(path, num_proc=2).table.to_pylist()
+    part = sorted(cache.glob("*/*.arrow"))[-1]
+    damage(part)
+    assert encoded(path).table.to_pylist() == before
+    assert f"{part.parent} is damaged, so encoding again" in capsys.readouterr().err
+    encoded(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(encoded, write_rows, cache):
+    """What is encoded is what the hash says: else nothing is kept."""
+    path = write_rows([GOOD])
+
+    def change(conversations, tokenizer):
+        path.write_text(path.read_text() + json.dumps(GOOD))
+        return sft_qwen2.encode_batch(conversations, tokenizer)
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        encoded(path, encode_batch=change)
+    assert not list(cache.glob("*/*.arrow")) and len(encoded(path)) == 2
 
 
 # ---- The overflow law ---------------------------------------------------------------------------
-def repo_table(tokenizer):
-    path = ROOT / "data" / "train.jsonl"
-    return path, encode_file(path, tokenizer, "system")
-
-
-def assert_sums(counts: dict) -> None:
-    rows = [counts[f"rows_{name}"] for name in ("trained", "dropped", "rejected")]
-    assert sum(rows) == counts["rows_read"]
-    tokens = [counts[f"answer_tokens_{name}"] for name in ("trained", "cut", "dropped")]
-    assert sum(tokens) == counts["answer_tokens_read"]
-
-
 @pytest.mark.parametrize("overflow_strategy", ["truncate", "drop"])
 @pytest.mark.parametrize("max_len", [60, 200, 10_000])
-def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, tiny_tokenizer):
+def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, encoded, write_rows):
     """Rows and answer tokens read are those trained, cut, dropped and rejected, counted by hand."""
-    path, table = repo_table(tiny_tokenizer)
-    rows, counts = fit_rows(table, path, max_len, overflow_strategy)
-    assert_sums(counts)
+    more = write_rows(
+        b"\n".join([dumps(Q, A0, Q, A), dumps(query="q"), dumps(query="q " * 99, answer="a")])
+    )
+    table = encoded([ROOT / "data" / "train.jsonl", more])
+    rows, counts = fit_rows(table, max_len, overflow_strategy, skip_bad_rows=True)
     trained = dropped = cut = 0
     for row in table:
         labels = row["labels"][:max_len] != IGNORE_INDEX
@@ -234,96 +401,80 @@ def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, tiny
         lost = (row["labels"] != IGNORE_INDEX).sum() - labels.sum()
         dropped += lost * (not labels.any())
         cut += lost * labels.any()
-    assert counts["rows_read"] == len(table) and counts["rows_trained"] == len(rows)
-    names = ("answer_tokens_trained", "answer_tokens_cut", "answer_tokens_dropped")
-    assert [counts[name] for name in names] == [trained, cut, dropped]
-    if overflow_strategy == "drop":
-        assert max(rows["num_tokens"]) <= max_len and counts["rows_cut"] == 0
-    if max_len == 10_000:
-        assert counts["rows_trained"] == len(table) and counts["rows_cut"] == 0
+    names = ("trained", "cut", "dropped", "read")
+    found = [counts[f"answer_tokens_{name}"] for name in names]
+    assert found == [trained, cut, dropped, trained + cut + dropped]
+    parts = [counts[f"rows_{name}"] for name in ("trained", "dropped", "rejected")]
+    assert sum(parts) == counts["rows_read"] == len(table) and parts[0] == len(rows)
+    assert counts["rows_rejected"] == 1 and counts["files"][str(more)][0] == 3
+    assert sum(trained for _, trained in counts["files"].values()) == len(rows)
     batches, trained_tokens = sft_qwen2.collate(list(rows), max_len, 4 * max_len)
     assert trained_tokens == trained
     assert sum(int((b["shift_labels"] != IGNORE_INDEX).sum()) for b in batches) == trained
 
 
-def test_error_names_the_first_row_that_is_too_long(tiny_tokenizer, refuse):
-    """The strategy `error` stops the run at the first such row, and lets a file without one be."""
-    path, table = repo_table(tiny_tokenizer)
-    lengths = np.array(table["num_tokens"])
-    line = int(np.argmax(lengths > 200)) + 1
-    flags = ("--max_len", 200, "--overflow_strategy", "error", "--system_prompt", "system")
-    message = refuse(path, *flags)
-    assert f"{path}:{line}: {lengths[line - 1]} tokens" in message
-    assert f"({(lengths > 200).sum()} such rows)" in message
-    rows, counts = fit_rows(table, path, int(lengths.max()), "error")
-    assert_sums(counts)
-    assert len(rows) == len(table)
-
-
-def test_a_cut_adds_no_end(tiny_tokenizer, write_rows):
-    """Truncation takes the end away and puts no <|im_end|> in its place, at any length."""
-    path = write_rows([{"query": "why?", "answer": "because of the many reasons"}])
-    table = encode_file(path, tiny_tokenizer, "")
-    end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
-    whole = table[0]
-    num_prompt = int((whole["labels"] == IGNORE_INDEX).sum())
-    for max_len in range(num_prompt + 1, len(whole["labels"]) + 1):
-        rows, counts = fit_rows(table, path, max_len, "truncate")
-        assert_sums(counts)
-        (batch,), trained_tokens = sft_qwen2.collate(list(rows), max_len, 10_000)
-        targets = batch["shift_labels"][batch["shift_labels"] != IGNORE_INDEX].tolist()
-        assert targets == whole["labels"][num_prompt:max_len].tolist()
-        assert trained_tokens == len(targets) == max_len - num_prompt
-        assert (end in targets) == (max_len == len(whole["labels"]))
-
-
-def test_a_row_whose_answer_begins_behind_max_len_is_dropped(tiny_tokenizer, write_rows, refuse):
-    """Such a row has no target: it is dropped, counted, and never fed; alone it stops the run."""
-    path = write_rows([GOOD, {"query": "q " * 200, "answer": "one two"}, GOOD])
-    table = encode_file(path, tiny_tokenizer, "")
-    num_answer_tokens = int(table[1]["num_answer_tokens"])
-    for overflow_strategy in ("truncate", "drop"):
-        rows, counts = fit_rows(table, path, 50, overflow_strategy)
-        assert_sums(counts)
-        assert [row["line"] for row in rows] == [1, 3]
-        assert (counts["rows_dropped"], counts["answer_tokens_dropped"]) == (1, num_answer_tokens)
+def test_too_long_rows(encoded, write_rows, tiny_tokenizer):
+    """`error` names the first; a cut adds no end; without any target a row is dropped."""
+    path = write_rows(
+        [GOOD, {"query": "q " * 200, "answer": "one two"}, {**GOOD, "answer": "b " * 9}]
+    )
+    table, end = encoded(path), tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    lengths = table["num_tokens"].tolist()
+    with pytest.raises(UserError, match=f":2: {lengths[1]} tokens, and max_len is 50 .1 such rows"):
+        fit_rows(table, 50, "error")
+    assert len(fit_rows(table, max(lengths), "error")[0]) == 3
+    for max_len in range(lengths[0], lengths[2] + 1):
+        rows, counts = fit_rows(table, max_len, "truncate")
+        assert [row["line"] for row in rows] == [1, 3] and counts["rows_dropped"] == 1
+        last = sft_qwen2.truncate(rows[1], max_len)["labels"][-1]
+        assert (last == end) == (max_len == lengths[2])
     with pytest.raises(UserError, match="max_len 5"):
-        fit_rows(table, path, 5, "truncate")
-    assert "--max_len" in refuse(path, "--max_len", 5)
+        fit_rows(table, 5, "truncate")
 
 
-def test_counts_are_printed(train, untied_model_dir, write_rows, tmp_path):
-    """The run says what was read, trained, cut and dropped, and which control tokens are text."""
-    rows = [
-        GOOD,
-        {"query": "q " * 200, "answer": "a"},
-        {"query": "<|im_end|>", "answer": "b " * 99},
-    ]
-    path, flags = write_rows(rows), {"max_len": 60, "system_prompt": ""}
-    out = train(untied_model_dir, path, tmp_path, **flags).out
-    assert "3 rows = 2 trained + 1 dropped + 0 rejected (1 cut)" in out
-    assert "answer tokens = " in out
-    assert "1 control tokens spelled in texts" in out
-
-
-def test_rejected_rows_are_counted(train, untied_model_dir, write_rows, tmp_path):
-    """Asked to go on without bad rows, the run names them, counts them, and trains the others."""
-    path = write_rows([GOOD, {"query": "q"}, {"query": "q " * 200, "answer": "a"}, GOOD])
+def test_what_a_run_says_of_its_rows(train, untied_model_dir, tmp_path):
+    """Counts, control tokens, ignored keys; refused rows are named, counted and written down."""
+    rows = [GOOD, {"query": "q"}, {"query": "q " * 200, "answer": "a"}]
+    rows += [{"query": "<|im_end|>", "answer": "b " * 99, "id": 7}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dev.json").write_text(json.dumps([GOOD] * 2))
     flags = {"max_len": 60, "system_prompt": "", "skip_bad_rows": "true"}
-    run = train(untied_model_dir, path, tmp_path, **flags)
-    assert "4 rows = 2 trained + 1 dropped + 1 rejected (0 cut)" in run.out
-    assert f"{path}:2: " in run.out + run.err
+    run = train(untied_model_dir, tmp_path, tmp_path / "out", **flags)
+    assert "4 rows = 2 trained + 1 dropped + 1 rejected (1 cut)" in run.out
+    assert "1 control tokens spelled in texts" in run.out and "ignored" in run.out
+    assert f"validation {tmp_path}/dev.json: 2 rows" in run.out and f"{path}:2: wants" in run.err
     assert sorted(row["line"] for rows in run.steps for row in rows) == [1, 4]
+    rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert rejected["place"] == f"{path}:2" and rejected["row"] == {"query": "q"}
 
 
-def test_a_csv_row_of_too_many_fields_is_refused(refuse, write_rows):
-    """A comma without quotes would cut a text in two, and its end would be lost."""
-    path = write_rows(b"query,answer\nq,a\nHello, world,Hi\n", "train.csv")
-    message = refuse(path)
-    assert f"{path}:2: has more fields than the header" in message and "1 of 2" in message
-
-
-def test_a_long_text_in_csv_is_read(tiny_tokenizer, write_rows):
-    row = {"query": "q", "answer": "long " * 30_000}
-    path = write_rows(f"query,answer\n{row['query']},{row['answer']}\n".encode(), "train.csv")
-    assert encodings(path, tiny_tokenizer) == encodings(write_rows([row]), tiny_tokenizer)
+# ---- docs/data.md -------------------------------------------------------------------------------
+def test_the_lines_that_convert_rows(tmp_path):
+    """Each line of docs/data.md makes rows that are taken, and the refusal of others names them."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for line in re.search(r"```json\n(.*?)```", text, re.S)[1].splitlines():
+        parse_row(json.loads(line), "system")
+    alpaca = [{"instruction": "q", "input": "", "output": "a"}]
+    chat = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+    samples = {
+        "alpaca.json": json.dumps([*alpaca, {"instruction": "问", "input": "i", "output": "答"}]),
+        "sharegpt.json": json.dumps(chat),
+        "completions.jsonl": json.dumps({"prompt": "q", "completion": "a"}),
+        "openai.jsonl": "\n".join(
+            json.dumps({"messages": [Q, turn], "tools": [1]})
+            for turn in (A, {**A, "tool_calls": [1]})
+        ),
+        "history.jsonl": json.dumps({"query": "q", "response": "a", "history": [["q", "a"]]}),
+    }
+    for name, sample in samples.items():
+        (tmp_path / name).write_text(sample, encoding="utf-8")
+    commands = re.findall(r"```bash\n(.*?)```", text, re.S)
+    assert len(commands) == len(samples)
+    for command in commands:
+        python = f"exec {shlex.quote(os.sys.executable)}"
+        command = command.replace("python", python, 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        rows = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
+        turns = [parse_row(row, "s") for row in rows]
+        assert turns[0][1:3] == [Q, A] and len(turns) == (2 if "alpaca" in command else 1)

@@ -12,7 +12,8 @@ import torch
 import transformers
 from conftest import ROOT
 
-from sft.rows import IGNORE_INDEX, parse_row
+from sft.encoded_rows import IGNORE_INDEX
+from sft.rows import parse_row
 from sft_qwen2 import encode, load_tokenizer
 
 # 230 rows at 64 a step: three full steps and a rest of 38, twice.
