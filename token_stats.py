@@ -41,15 +41,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def load_tokenizer(name: str, system_prompt: str):
     """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
+    import transformers
+
     import sft_qwen2
+    from sft.rows import as_user_error
 
     remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
     sentence = f"{name}: no tokenizer, here or on the hub; {remedy}"
-    with sft_qwen2.as_user_error((OSError, ValueError), sentence):
+    with as_user_error((OSError, ValueError), sentence):
         tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
     limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
     with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
-        config = sft_qwen2.transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
         limits.append(config.max_position_embeddings)
     return tokenizer, int(min(limits))
 
@@ -101,12 +104,14 @@ def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
 def read_all(chosen: dict) -> tuple:
     """Return the longest row that the model takes, the rows of train, and figures of each split."""
     import sft_qwen2
+    from sft.encoded_rows import encode_files
+    from sft.rows import find_data_files
 
-    files, stats = sft_qwen2.find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
+    files, stats = find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
     tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], chosen["system_prompt"])
     how = (chosen["system_prompt"], sft_qwen2.encode_batch, sft_qwen2.__file__)
     for split, paths in reversed(files.items()):  # train last: what follows is about it
-        rows = sft_qwen2.encode_files(paths, tokenizer, *how)
+        rows = encode_files(paths, tokenizer, *how)
         bad = rows.select(rows["num_tokens"] == 0)
         reasons = [f"{row['place']}: {row['error']}" for row in itertools.islice(bad, 20)]
         stats["refused_rows"][:0] = reasons
@@ -120,16 +125,18 @@ def read_all(chosen: dict) -> tuple:
 def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
     import sft_qwen2
+    from sft.encoded_rows import beyond_positions
+    from sft.rows import as_user_error
 
     flags, values = {k: v for k, v in vars(args).items() if k not in OWN_ARGUMENTS}, {}
     if args.arguments:
-        with sft_qwen2.as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
+        with as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
             values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
     chosen = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS | values | flags
     limit, rows, stats = read_all(chosen)
     stats["skip_bad_rows"] = chosen["skip_bad_rows"] in (True, "true")
     if "max_len" in values and int(chosen["max_len"]) > limit:
-        stats["warning"] = sft_qwen2.beyond_positions(int(chosen["max_len"]), limit)
+        stats["warning"] = beyond_positions(int(chosen["max_len"]), limit)
     total, answer = rows["num_tokens"], rows["num_answer_tokens"]
     if not (longest := int(total.max())):
         return stats
@@ -192,15 +199,16 @@ def plot(stats: dict, file: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
     args = parse_arguments(argv)
-    import sft_qwen2  # takes seconds, which --help need not wait for
+    from sft.callbacks import quiet_libraries  # takes seconds, which --help need not wait for
+    from sft.rows import UserError
 
-    sft_qwen2.quiet_libraries()
+    quiet_libraries()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON alone
             stats = measure(args)
     except KeyboardInterrupt:
         return 130
-    except (sft_qwen2.UserError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     notes = [*stats["refused_rows"][:20], *([stats["warning"]] if "warning" in stats else [])]

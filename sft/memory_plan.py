@@ -77,9 +77,9 @@ def check_devices(kind: str, gpus: list, arch_list: list, alone: bool, cuda: str
         )
 
 
-def check_machine(training_args) -> None:
+def check_machine(training_args, file: Path = Path("/proc/driver/nvidia/version")) -> None:
     """Raise UserError as check_devices does, of this machine; --use_cpu needs no driver."""
-    kind, file = training_args.device.type, Path("/proc/driver/nvidia/version")
+    kind = training_args.device.type
     gpus = range(torch.cuda.device_count() if kind == "cuda" else 0)
     capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
     alone = "LOCAL_RANK" in os.environ and training_args.world_size == 1
