@@ -59,8 +59,9 @@ import sft_qwen2
 from sft import memory_plan
 from sft.arguments import parse_arguments
 from sft.callbacks import StopOnSignal
+from sft.encoded_rows import IGNORE_INDEX
 from sft.memory_plan import GIB
-from sft.rows import IGNORE_INDEX, UserError
+from sft.rows import UserError
 
 CONTENDERS = ("numerics", "this trainer", "TRL", "this trainer, compiled")
 CONTENDERS += ("this trainer, all checkpointed", "TRL, Liger kernels")
