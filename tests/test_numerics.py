@@ -19,6 +19,9 @@ import sft_qwen2
 from sft import numerics
 from sft.numerics import BLOCK, adamw_8bit_class, check_compiler, cross_entropy_sum
 
+# torch.compile, its distributed checkpoints and FakeTensor warn of their own doings.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 HALF = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # errors to allow: half of a last bit, twice
 LIMITS = {torch.float32: 1e-6, **HALF}
 WAYS = [pytest.param(True, id="library"), pytest.param(False, id="own")]
@@ -57,7 +60,8 @@ def differentiate(function, hidden, head, targets, scale=1.0):
 
 
 def relative(found, wanted) -> float:
-    return float((found.detach() - wanted.detach()).norm() / wanted.norm())
+    found, wanted = found.detach(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -202,6 +206,7 @@ def test_saved_and_loaded_it_steps_on_as_if_never_stopped(eager, tmp_path, by):
         assert torch.equal(value, others[name]), name
 
 
+@pytest.mark.slow  # it compiles
 def test_random_rounding_differs_by_seed_and_step_and_leaves_other_draws_alone():
     """Compiled, as in a run: there the random bits come from a seed that the device draws.
 
@@ -351,6 +356,7 @@ def test_model_on_device(device, tmp_path):
     hold(f"model's gradients, {dtype}, {device}", error, 3 * ERRORS[dtype])
 
 
+@pytest.mark.slow  # it compiles
 @CPU_AND_GPU
 def test_an_update_below_the_last_bit_arrives_on_device(device):
     """At a rate of 1e-5, over bf16 weights: all of it, in the mean. Plain rounding loses it."""
