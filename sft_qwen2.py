@@ -143,6 +143,7 @@ def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
     if not backend.encode_special_tokens:  # the backend's own switch: other calls may turn it off
         backend.encode_special_tokens = True
     backend.no_truncation()
+    backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     return {text: encoding.ids for text, encoding in zip(texts, encodings)}
 
