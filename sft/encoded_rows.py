@@ -260,11 +260,7 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
         "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
         "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
         "control_tokens": int(rows["num_control_tokens"].sum()),
-<<<<<<< HEAD
-        "ignored_keys": [keys for keys in rows.table["ignored"].unique().to_pylist() if keys],
-=======
         "ignored_keys": sorted(set("\n".join(ignored).splitlines()) - {""}),
->>>>>>> rows
         "files": dict(zip(map(str, rows.paths), per_file)),
     }
     return rows.select(trained), counts

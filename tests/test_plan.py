@@ -322,7 +322,7 @@ def test_a_device_map_of_ones_own_is_passed_on(given, run_main, monkeypatch, tmp
         raise UserError(f"seen {json.dumps(device_map)}")
 
     monkeypatch.setattr(transformers.Qwen2ForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(memory_plan, "find_devices", lambda *args: ([1.0], None))
+    monkeypatch.setattr(mp, "find_devices", lambda *args: ([1.0], None))
     argv = ["--model_name_or_path", ROOT / "data" / "tiny-qwen2", "--output_dir", tmp_path]
     _, out, err = run_main(*argv, "--report_to", "none", "--device_map", given)
     assert (
