@@ -58,8 +58,9 @@ class ScriptArguments:
     """The arguments that transformers.TrainingArguments does not have."""
 
     model_name_or_path: str = HfArg(default="Qwen/Qwen2-7B-Instruct", help="Hub name or folder.")
-    data_path: list[str] = HfArg(
-        default_factory=lambda: ["data/"], help="Files, or folders with train* and validation*."
+    data_path: list[str] = field(
+        default_factory=lambda: ["data/"],
+        metadata={"help": "Files, or folders with train* and, if there are any, validation*."},
     )
     system_prompt: str = HfArg(
         default="你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
