@@ -612,8 +612,6 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     if questions:
         after = answers.answer(trainer.model, tokenizer, questions)
         answers.print_answers(tokenizer, questions, before, after)
-    if trainer.is_world_process_zero():
-        callbacks.draw_losses(trainer.state.log_history, output_dir / "loss.png")
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0

@@ -154,8 +154,9 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
     defaults = vars(parser.parse_args([]))
     if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
         file = parse_json(Path(argv[0]).read_bytes())
-        if isinstance(file, str):
-            raise ValueError(f"{argv[0]} {file}")
+        if not isinstance(file, dict) or None in file:
+            wrong = file[None] if isinstance(file, dict) else file
+            raise ValueError(f"{argv[0]} {wrong if isinstance(wrong, str) else 'is a list'}")
         file = {k: v for k, v in file.items() if v is not None or defaults.get(k, k) is not None}
         if isinstance(file.get("data_path"), str):
             file["data_path"] = [file["data_path"]]
