@@ -49,7 +49,8 @@ def shard_on_cpu(compute: str) -> None:
         assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
 
     transformers.Trainer.create_accelerator_and_postprocess = create
-    sft_qwen2.choose_precision = lambda *args: choose_precision(*args)._replace(compute=compute)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[compute]
+    sft_qwen2.choose_precision = lambda *args: choose_precision(*args)._replace(compute_dtype=dtype)
 
 
 def count_encoded(path: Path) -> None:
