@@ -57,13 +57,15 @@ class Console:
 def lasting_console():
     """Let stdout and stderr be Consoles, for as long as the context lasts."""
     streams = (sys.stdout, sys.stderr)
-    with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
-        yield
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:  # or Python would try it once more at its exit, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    try:
+        with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+            yield
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # or Python would try it once more at its exit, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- Callbacks ----------------------------------------------------------------------------------
