@@ -141,12 +141,10 @@ class MetricsLog(transformers.TrainerCallback):
 
 def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     """Train to the end and return 0, or until a signal, save, and return its number."""
+    # Steps recover by themselves, as far as fewer tokens at once can help.
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
     with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
-        # Steps recover by themselves, as far as fewer tokens at once can help.
-        remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
-        with as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
-            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         number = stop.agree(trainer.args)
     if number and trainer.is_world_process_zero():
         step, saved = trainer.state.global_step, saved_so_far(trainer.args.output_dir)
