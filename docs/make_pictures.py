@@ -78,6 +78,7 @@ def draw_losses(logs: list[dict]) -> list[str]:
     elements.append(text_at(right, bottom + 20, f"step {last}", "context", "end"))
     points = " ".join(f"{x},{y}" for x, y in (place(*point) for point in losses["loss"]))
     elements.append(f'<polyline points="{points}" fill="none" stroke="{CONTEXT}"/>')
+    elements.append(text_at(right, place(*losses["loss"][-1])[1] - 12, "loss", "context", "end"))
     for step, loss in losses["eval_loss"]:
         x, y = place(step, loss)
         anchor, label = ("end", x + 4) if step == last else ("start", x + 8)

@@ -5,10 +5,8 @@ import dataclasses
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,23 +22,23 @@ import token_stats
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 TEXTS = {p.name: p.read_text("utf-8") for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 ENGLISH, CHINESE = READMES = TEXTS["README.md"], TEXTS["README.zh-CN.md"]
-RESULTS, OPTIONS, DEFAULTS = 1, 2, sft_qwen2.TRAINING_DEFAULTS  # numbers of their tables
+RESULTS, OPTIONS = 1, 2  # their tables
+DEFAULTS = sft_qwen2.TRAINING_DEFAULTS
 HOSTS = r"https?://(?!arxiv|github|hf-mirror|keepachangelog|localhost|semver|thinkingmachines)"
 OTHERS = "python3 . -m wandb vllm modelscope curl ctranslate2 ct2-transformers-converter"
 OTHERS += " convert_hf_to_gguf.py llama-server"
 OTHER_FLAGS = ("help", "jinja", "shutdown-timeout", "nproc_per_node", "nnodes")
 NUMBER = r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?![A-Za-z\d])"  # not the 2 of Qwen2
-# Where the results stand in benchmarks/README.md: section, table, column, rows.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+# Where the results stand in benchmarks/README.md: section, table, column, rows.
 THROUGHPUT = ("useful tokens/s", "this trainer", "TRL", "padded to longest")
 SOURCES = [("Throughput", 0, *THROUGHPUT), ("Throughput", 2, *THROUGHPUT)]
 SOURCES += [("Memory", 0, "peak", "this trainer later", "usual later")]
 SOURCES += [("Precision", 0, "progress", "bf16, default", "bf16, plain AdamW")]
 
 
-def blocks(text: str, *languages: str) -> list[str]:
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S)
-    return [body for language, body in found if not languages or language in languages]
+def blocks(text: str, language: str = r"\w+") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
 
 
 def prose(text: str) -> str:
@@ -57,20 +55,18 @@ def tables(text: str) -> list[list[list[str]]]:
 def commands(text: str) -> list[str]:
     """Return the commands of bash blocks and of `code`, one for each `&&` between them."""
     found = re.findall(r"`((?:python|torchrun|pip|wandb|vllm|modelscope) [^`]+)`", prose(text))
-    for body in blocks(text, "bash"):
-        if "#SBATCH" not in body:
-            found += [body] if body.startswith('python -c "\n') else body.splitlines()
+    for body in (x for x in blocks(text, "bash") if "#SBATCH" not in x):
+        found += [body] if body.startswith('python -c "\n') else body.splitlines()
     return [part for line in found for part in line.split(" && ")]
 
 
-# ---- Both languages, and links ------------------------------------------------------------------
 def test_both_readmes_have_the_same_and_are_short():
     """Blocks, commands, numbers, links; of tables, what is code and all numbers, in their order."""
     link, cell = r"\]\((?!README)([^)]+)\)", f"`[^`]+`|{NUMBER}"
     found = []
     for text in READMES:
         cells, numbers = re.findall(cell, str(tables(text))), re.findall(NUMBER, prose(text))
-        counts = map(Counter, (blocks(text), commands(text), numbers))
+        counts = map(sorted, (blocks(text), commands(text), numbers))
         found.append([*counts, set(re.findall(link, text)), cells])
     for english, chinese in zip(*found):
         assert english == chinese and len(english) > 7
@@ -142,16 +138,16 @@ def assert_shown(command: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_lengths_and_plan_are_shown_as_they_are(qwen2_tokenizer_dir, tmp_path, run_main, capsys):
+def test_lengths_and_plan_are_shown_as_they_are(qwen2_tokenizer, tmp_path, run_main, capsys):
     import memory
 
-    folder = shutil.copytree(qwen2_tokenizer_dir, tmp_path / "model")
-    memory.make_config("7B").save_pretrained(folder)
-    model = ["--model_name_or_path", str(folder), "--data_path", str(ROOT / "data")]
+    for part in (qwen2_tokenizer, memory.make_config("7B")):
+        part.save_pretrained(tmp_path)
+    model = ["--model_name_or_path", str(tmp_path), "--data_path", str(ROOT / "data")]
     assert token_stats.main(model) == 0
     assert_shown("token_stats.py", capsys.readouterr().out)
-    (command,) = [text for text in commands(ENGLISH) if "--gpus 2x80" in text]
-    assert_shown("--gpus 2x80", run_main(*shlex.split(command)[4:], *model)[1])
+    (command,) = [text for text in commands(ENGLISH) if "--dry_run" in text]
+    assert_shown(command, run_main(*shlex.split(command)[4:], *model)[1])
 
 
 @pytest.mark.slow
@@ -161,14 +157,16 @@ def test_the_first_run_and_its_answer_are_shown_as_they_are(tmp_path):
     train, chat = (blocks(ENGLISH, "bash")[i] for i in (0, -1))
     train = f"{train.split(' && ')[-1].strip()} --output_dir {tmp_path}/outputs/tiny"
     out = subprocess.check_output(train, cwd=ROOT, env=env, text=True, shell=True)
-    exact = r"(?m)^exact +(\d+) of (\d+) held-out answers \(before: 0\)$"
-    (shown, of), (right, asked) = (re.search(exact, text).groups() for text in (ENGLISH, out))
-    assert of == asked and abs(int(shown) - int(right)) <= 3 and int(right) >= 0.8 * int(asked)
-    assert_shown("data/tiny.json", re.sub(r"(?m)^exact.*", re.search(exact, ENGLISH)[0], out))
+    figures = r"(?m)^(?:exact|\{'eval_loss).*"
+    shown, found = ([re.findall(NUMBER, x) for x in re.findall(figures, y)] for y in (ENGLISH, out))
+    for line, other in zip(shown, found, strict=True):
+        assert [*map(float, line)] == pytest.approx([*map(float, other)], rel=0.1)
+    right, asked, before = map(int, found[-1])
+    assert right >= 0.8 * asked >= 16 and before == 0
+    lines = iter(re.findall(figures, ENGLISH))
+    assert_shown("data/tiny.json", re.sub(figures, lambda _: next(lines), out))
     answer = subprocess.check_output(chat, cwd=tmp_path, env=env, text=True, shell=True)
-    assert answer.startswith(
-        "{'role': 'assistant', 'content': 'The capital of Portugal is Lisbon.'"
-    )
+    assert answer.endswith("'content': 'The capital of Portugal is Lisbon.'}\n")
 
 
 def test_the_picture_shows_what_is_trained_and_the_losses_of_the_first_run():
@@ -180,7 +178,6 @@ def test_the_picture_shows_what_is_trained_and_the_losses_of_the_first_run():
     assert losses == re.findall(r"'eval_loss': '([\d.]+)'", blocks(ENGLISH, "text")[0])
 
 
-# ---- Tables and figures -------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("module, name", [("boxes", "README.md"), ("make_tables", "choosing.md")])
 def test_a_generated_table_is_the_one_that_its_command_prints(module, name, capsys):
@@ -189,8 +186,7 @@ def test_a_generated_table_is_the_one_that_its_command_prints(module, name, caps
 
 
 def test_options_defaults_and_messages_are_the_scripts():
-    defaults = {f.name: f.default for f in dataclasses.fields(sft_qwen2.ScriptArguments)}
-    defaults |= DEFAULTS
+    defaults = vars(sft_qwen2.ScriptArguments()) | DEFAULTS
     for option, value, _ in tables(ENGLISH)[OPTIONS][1:]:
         assert value == f"`{defaults[option.strip('`-')]}`", option
     rows = tables(TEXTS["why.md"].split("## The defaults")[1])[0][1:]
@@ -206,12 +202,11 @@ def test_options_defaults_and_messages_are_the_scripts():
 
 def test_results_are_those_of_the_benchmarks():
     text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
-    for (_, *cells), (section, number, column, *names) in zip(
-        tables(ENGLISH)[RESULTS][1:], SOURCES
-    ):
+    shown = tables(ENGLISH)[RESULTS][1:]
+    for (_, *cells), (section, number, column, *names) in zip(shown, SOURCES, strict=True):
         head, *rows = tables(text.split(f"\n## {section}\n")[1])[number]
         found = [row for name in names for row in rows if " ".join(row).startswith(name + " ")]
-        values = [row[head.index(column)].strip("*") for row in found if row]
+        values = [row[head.index(column)].strip("*") for row in found]
         assert re.findall(NUMBER, " ".join(cells)) == [x.split()[0] for x in values], section
 
 
@@ -220,8 +215,6 @@ def test_figures_of_the_text():
     assert f" {sum(weight.numel() for weight in weights):,} " in ENGLISH
     weight = torch.tensor(0.02, dtype=torch.bfloat16)
     assert f"steps of {float(torch.nextafter(weight, weight + 1) - weight):.5f}" in TEXTS["why.md"]
-    source = (ROOT / "sft_qwen2.py").read_text("utf-8")
-    (line,) = [line for line in ENGLISH.splitlines() if "`encode_batch`" in line]
-    names = re.findall(r"\(?`(\w+)`", line.split(" The machinery")[0])
-    places = [re.search(rf"(?m)^ *(def|class) {name}\b", source).start() for name in names]
-    assert places == sorted(places)
+    names = re.findall(r"`(\w+)`", ENGLISH.split("## Read it")[1].split("The machinery")[0])
+    found = re.findall(r"(?m)^ *(?:def|class) (\w+)", (ROOT / "sft_qwen2.py").read_text("utf-8"))
+    assert names == [name for name in found if name in names] != []
