@@ -58,7 +58,10 @@ class ScriptArguments:
     """The arguments that transformers.TrainingArguments does not have."""
 
     model_name_or_path: str = HfArg(default="Qwen/Qwen2-7B-Instruct", help="Hub name or folder.")
-    data_path: str = HfArg(default="data/", help="File, or folder with train.* and validation.*")
+    data_path: list[str] = field(
+        default_factory=lambda: ["data/"],
+        metadata={"help": "Files, or folders with train* and, if there are any, validation*."},
+    )
     system_prompt: str = HfArg(
         default="你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
         help="System turn of rows that have none, and default of the exported chat template.",
@@ -143,6 +146,7 @@ def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
     if not backend.encode_special_tokens:  # the backend's own switch: other calls may turn it off
         backend.encode_special_tokens = True
     backend.no_truncation()
+    backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     return {text: encoding.ids for text, encoding in zip(texts, encodings)}
 
@@ -534,7 +538,7 @@ def read_data(args, training_args, tokenizer) -> tuple[dict, dict, dict]:
     """Return all rows of each split, those to train on, and their counts; print the counts."""
     tables, rows, counts, files = {}, {}, {}, find_data_files(args.data_path)
     if training_args.eval_strategy != "no" and "validation" not in files:
-        raise UserError(f"{args.data_path}: --eval_strategy needs a file named validation.*")
+        raise UserError("--eval_strategy needs validation rows: a file named validation*")
     for split, paths in files.items():
         tables[split] = encode_files(paths, tokenizer, args.system_prompt, encode_batch, __file__)
         limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
@@ -549,6 +553,8 @@ def read_data(args, training_args, tokenizer) -> tuple[dict, dict, dict]:
 def make_plan(config, args, training_args, rows) -> tuple:
     """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
     lengths = rows["num_tokens"].clip(max=args.max_len)
+    if args.max_len > (positions := config.max_position_embeddings):
+        print(f"max_len    {encoded_rows.beyond_positions(args.max_len, positions)}")
     capacities, capability = memory_plan.find_devices(args.gpus, training_args)
     precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
     # Processes on the CPU have all weights each.
@@ -608,8 +614,6 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     if questions:
         after = answers.answer(trainer.model, tokenizer, questions)
         answers.print_answers(tokenizer, questions, before, after)
-    if trainer.is_world_process_zero():
-        callbacks.draw_losses(trainer.state.log_history, output_dir / "loss.png")
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
     print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
     return 0

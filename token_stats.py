@@ -1,6 +1,6 @@
 """Count the tokens of training rows as sft_qwen2.py encodes them, to choose max_len beforehand.
 
-    python token_stats.py --data_path my_data/ --plot lengths.png
+    python token_stats.py --data_path my_data/
     python token_stats.py run.json                      # the data and model of these arguments
 
 A row's tokens are prompt + answer: answers and the <|im_end|> after each are trained. The encoded
@@ -11,14 +11,19 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
+import transformers
 
-OWN_ARGUMENTS = ("arguments", "plot", "json")  # all others are the trainer's
+import sft_qwen2
+from sft import callbacks
+from sft.encoded_rows import beyond_positions, encode_files
+from sft.rows import UserError, as_user_error, find_data_files
+
+OWN_ARGUMENTS = ("arguments", "json")  # all others are the trainer's
 SMALLEST_MAX_LEN = 512  # the first candidate; each next one is twice as long
 SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
 LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
@@ -34,25 +39,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     trainer.add_argument("--system_prompt", default=unset, help="for rows that have none")
     trainer.add_argument("--skip_bad_rows", action="store_true", default=unset, help="exit with 0")
     parser.add_argument("arguments", nargs="?", help="JSON file of sft_qwen2.py's arguments")
-    parser.add_argument("--plot", metavar="FILE", help="save the histogram: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     return parser.parse_args(argv)
 
 
 def load_tokenizer(name: str, system_prompt: str):
     """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
-    import transformers
-
-    import sft_qwen2
-    from sft.rows import as_user_error
-
     remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
     sentence = f"{name}: no tokenizer, here or on the hub; {remedy}"
     with as_user_error((OSError, ValueError), sentence):
         tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
     limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
     with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         limits.append(config.max_position_embeddings)
     return tokenizer, int(min(limits))
 
@@ -69,8 +68,6 @@ def count_losses(rows, max_lens: list[int]) -> tuple[list[int], np.ndarray]:
 
 def compare_max_lens(rows, batch: int, rows_per_step: int, limit: int) -> list[dict]:
     """Return what each candidate max_len costs if longer rows are truncated; tokens as shares."""
-    from sft_qwen2 import bin_rows
-
     num_tokens, answer_tokens = rows["num_tokens"], int(rows["num_answer_tokens"].sum())
     max_lens, results = [SMALLEST_MAX_LEN], []
     while max_lens[-1] < min(num_tokens.max(), limit):
@@ -85,8 +82,10 @@ def compare_max_lens(rows, batch: int, rows_per_step: int, limit: int) -> list[d
         result = {"max_len": max_len, "rows_over": over, "answers_cut": over - no_answer}
         result |= {"answers_lost": no_answer, "answer_tokens_lost": lost_tokens / answer_tokens}
         result["steps_per_epoch"] = -(-len(trained) // rows_per_step)
-        passes = float(np.median([len(bin_rows(step, batch * max_len)) for step in steps]))
-        results.append(result | {"micro_batches_per_step": passes})
+        passes = float(
+            np.median([len(sft_qwen2.bin_rows(step, batch * max_len)) for step in steps])
+        )
+        results.append(result | {"micro_batches_per_step": float(np.median(passes))})
     return results
 
 
@@ -103,10 +102,6 @@ def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
 
 def read_all(chosen: dict) -> tuple:
     """Return the longest row that the model takes, the rows of train, and figures of each split."""
-    import sft_qwen2
-    from sft.encoded_rows import encode_files
-    from sft.rows import find_data_files
-
     files, stats = find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
     tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], chosen["system_prompt"])
     how = (chosen["system_prompt"], sft_qwen2.encode_batch, sft_qwen2.__file__)
@@ -124,10 +119,6 @@ def read_all(chosen: dict) -> tuple:
 
 def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
-    import sft_qwen2
-    from sft.encoded_rows import beyond_positions
-    from sft.rows import as_user_error
-
     flags, values = {k: v for k, v in vars(args).items() if k not in OWN_ARGUMENTS}, {}
     if args.arguments:
         with as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
@@ -163,8 +154,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def print_stats(stats: dict) -> None:
     total, (edges, counts) = stats["tokens"]["total"], stats["histogram"].values()
-    print(f"最大长度 longest: {total['max']}\n最小长度 shortest: {total['min']}")
-    print(f"平均长度 mean: {total['mean']}\n")
+    print(
+        "最大长度 longest: {max}\n最小长度 shortest: {min}\n平均长度 mean: {mean}\n".format(**total)
+    )
     print("tokens  " + "".join(f"{name:>10}" for name in total))
     for part, found in stats["tokens"].items():
         print(f"{part:8}" + "".join(f"{tokens:>10,}" for tokens in found.values()))
@@ -175,34 +167,14 @@ def print_stats(stats: dict) -> None:
     for edge, rows in zip(edges, counts):
         full, eighths = divmod(-(-rows * BAR_WIDTH * 8 // max(counts)), 8)
         print(f"{edge:>9,} ┤{'█' * full}{' ▏▎▍▌▋▊▉'[eighths].strip()} {rows:,}")
-    for about in stats["files"].values():
-        text = "{path}: {rows} rows, longest {longest}, {control_tokens} control tokens in texts"
-        print(text.format(**about))
-
-
-def plot(stats: dict, file: str) -> None:
-    """Save the histogram as a picture; raises ImportError, OSError, ValueError."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    axes, marks = figure.subplots(), {"max_len": stats["suggestion"]["max_len"]}
-    marks |= {name: stats["tokens"]["total"][name] for name in ("p50", "p99")}
-    axes.stairs(stats["histogram"]["rows"], stats["histogram"]["edges"], fill=True, color="skyblue")
-    for name, x in marks.items():
-        axes.axvline(x, color="black", linestyle="--")
-        axes.text(x, axes.get_ylim()[1], f"{name} {x:,} ", rotation=90, ha="right", va="top")
-    axes.set(xlabel="tokens of a row, prompt and answer together", ylabel="rows", xlim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file)
+    text = "{path}: {rows} rows, longest {longest}, {control_tokens} control tokens in texts"
+    print(*(text.format(**about) for about in stats["files"].values()), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
     args = parse_arguments(argv)
-    from sft.callbacks import quiet_libraries  # takes seconds, which --help need not wait for
-    from sft.rows import UserError
-
-    quiet_libraries()
+    callbacks.quiet_libraries()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON alone
             stats = measure(args)
@@ -214,23 +186,14 @@ def main(argv: list[str] | None = None) -> int:
     notes = [*stats["refused_rows"][:20], *([stats["warning"]] if "warning" in stats else [])]
     refused = sum(about["refused"] for about in stats["files"].values())
     failed = refused > 0 and not (stats["skip_bad_rows"] and "tokens" in stats)
+    what = "would be refused; mend them or --skip_bad_rows" if failed else "are left out"
     if refused:
-        what = "would be refused; mend them or --skip_bad_rows" if failed else "are left out"
         notes.append(f"{'error: ' * failed}{refused:,} rows {what}")
-    try:
-        if args.plot and "tokens" in stats:
-            plot(stats, args.plot)
-    except (ImportError, OSError, ValueError) as error:
-        hint, failed = " (pip install matplotlib)" * isinstance(error, ImportError), True
-        notes.append(f"error: no {args.plot}: {error}{hint}")
-    try:
+    with callbacks.lasting_console():  # the reader may have seen enough, as head has
         if args.json:
             print(json.dumps(stats, indent=2, ensure_ascii=False))
         elif "tokens" in stats:
             print_stats(stats)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     return int(failed)
 

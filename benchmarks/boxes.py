@@ -35,9 +35,8 @@ BOXES = {  # name: --gpus, processes
 def command(processes: int) -> str:
     if processes == 1:
         return "python sft_qwen2.py"
-    number = processes if processes <= 8 else 8
-    flags = f"--nnodes {processes // 8} --nproc_per_node 8" if processes > 8 else ""
-    flags = flags or f"--nproc_per_node {number}"
+    machines, number = max(1, processes // 8), min(processes, 8)
+    flags = f"--nnodes {machines} " * (machines > 1) + f"--nproc_per_node {number}"
     return f"torchrun {flags} sft_qwen2.py --gradient_accumulation_steps {32 // processes}"
 
 

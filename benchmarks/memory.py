@@ -39,6 +39,7 @@ import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,7 +125,9 @@ def shard(model, precision: Precision, mesh):
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
-    plugin.mixed_precision_policy = sft_qwen2.sharded_policy(precision.compute_dtype)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        precision.compute_dtype, reduce_dtype=torch.float32
+    )
     # Where accelerate is told of a mixed precision, it makes the weights fp32.
     same = precision.weights == precision.compute_dtype
     accelerator = mock.Mock(torch_device_mesh=mesh, mixed_precision="no" if same else "yes")

@@ -57,7 +57,9 @@ class Parser(transformers.HfArgumentParser):
         helps |= {name: text for name, text in FLAGS["works"].items() if name in theirs}
         lines = ["python sft_qwen2.py [arguments.json] [--flag value ...]"]
         for text, names in itertools.groupby(helps, helps.get):
-            flags = [f"--{name} {self.get_default(name) or ''}".strip() for name in names]
+            defaults = {name: self.get_default(name) or "" for name in names}
+            defaults |= {k: " ".join(v) for k, v in defaults.items() if isinstance(v, list)}
+            flags = [f"--{name} {default}".strip() for name, default in defaults.items()]
             lines += ["  " + "  ".join(flags), f"      {text}"]
         return "\n".join([*lines, "Trainer's other flags are refused, or have no effect.", ""])
 
@@ -155,11 +157,16 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
     defaults = vars(parser.parse_args([]))
     if argv and argv[0].endswith(".json"):  # becomes flags, so that one parser checks both
         file = parse_json(Path(argv[0]).read_bytes())
-        if isinstance(file, str):
-            raise ValueError(f"{argv[0]} {file}")
+        if not isinstance(file, dict) or None in file:
+            wrong = file[None] if isinstance(file, dict) else file
+            raise ValueError(f"{argv[0]} {wrong if isinstance(wrong, str) else 'is a list'}")
         file = {k: v for k, v in file.items() if v is not None or defaults.get(k, k) is not None}
+        if isinstance(file.get("data_path"), str):
+            file["data_path"] = [file["data_path"]]
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in file.items()}
-        argv = [f"--{k}={text}" for k, text in texts.items()] + argv[1:]
+        paths = texts.pop("data_path", [])  # one, or a list
+        paths = ["--data_path", *file["data_path"]] if paths else []
+        argv = paths + [f"--{k}={text}" for k, text in texts.items()] + argv[1:]
     known, unknown = parser.parse_known_args(argv)
     own = {field.name for field in dataclasses.fields(parser.dataclass_types[0])}
     if unknown:

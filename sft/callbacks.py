@@ -198,20 +198,3 @@ def wandb_run(training_args, wait_s: float = 60):
         finish.join(wait_s)
         if finish.is_alive():
             print(f"wandb      no answer for {wait_s:.0f} s; {upload}")
-
-
-def draw_losses(log_history: list[dict], path: Path) -> None:
-    """Draw the losses that were logged, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("loss", "-"), ("eval_loss", "o")):
-        if points := [(log["step"], log[name]) for log in log_history if name in log]:
-            axes.plot(*zip(*points), style, label=name)
-    axes.set(xlabel="optimizer step", ylabel="cross entropy of a trained token")
-    axes.legend()
-    figure.savefig(path)
-    print(f"losses     {path}")

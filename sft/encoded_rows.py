@@ -246,6 +246,7 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
     trained = kept > 0
     if not trained.any():
         raise UserError(f"{rows.paths[0]}: no answer begins within max_len {max_len}; raise it")
+    ignored = rows.table["ignored"].unique().to_pylist()  # each the names of a row
     files = rows["file"], rows["file"][trained]
     per_file = zip(*(np.bincount(file, minlength=len(rows.paths)).tolist() for file in files))
     counts = {
@@ -259,7 +260,7 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
         "answer_tokens_cut": int((answer_tokens - kept)[trained].sum()),
         "answer_tokens_dropped": int(answer_tokens[~trained].sum()),
         "control_tokens": int(rows["num_control_tokens"].sum()),
-        "ignored_keys": [keys for keys in rows.table["ignored"].unique().to_pylist() if keys],
+        "ignored_keys": sorted(set("\n".join(ignored).splitlines()) - {""}),
         "files": dict(zip(map(str, rows.paths), per_file)),
     }
     return rows.select(trained), counts

@@ -255,8 +255,8 @@ def parse_turn(turn: dict) -> dict:
 
 
 def ignored_keys(row: dict) -> str:
-    """Return the names of what a good row says to no effect."""
+    """Return the names of what a good row says to no effect, a line each."""
     keys = row.keys() - ROW_KEYS - ROW_REFUSED.keys()
     for turn in row.get("messages") or ():
         keys |= turn.keys() - {*TURN_KEYS, "weight", "loss"} - TURN_REFUSED.keys()
-    return ", ".join(map(repr, sorted(keys)))
+    return "\n".join(map(repr, sorted(keys)))

@@ -27,7 +27,7 @@ from sft.rows import UserError, as_user_error, say
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 ASIDE, MANIFEST, LOCK = "unfinished-save", "manifest.json", ".sft_qwen2.lock"
 OWN = re.compile(
-    rf"{ASIDE}|run\.json|metrics\.jsonl|rejected\.jsonl|loss\.png|checkpoint-\d+|chat_template\.jinja"
+    rf"{ASIDE}|run\.json|metrics\.jsonl|rejected\.jsonl|checkpoint-\d+|chat_template\.jinja"
     r"|((generation_|tokenizer_)?config|tokenizer)\.json|model.*\.safetensors(\.index\.json)?"
 )
 # Arguments that may differ when a run is resumed: they change neither the rows (whose digests are

@@ -80,6 +80,7 @@ def test_help_shows_what_works(capsys):
     assert set(shown) == set(ACCEPTED)
     defaults = {name: ACCEPTED[name].default for name in ACCEPTED}
     defaults |= TRAINING_DEFAULTS | {"optim": None}
+    defaults["data_path"] = "data/"  # a list of one
     assert all(shown[name] == str(defaults[name] or "") for name in shown)
 
 

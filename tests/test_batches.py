@@ -146,7 +146,7 @@ def test_neighbours_do_not_change_logits(rows, model, plain):
 def test_neighbours_do_not_change_loss_and_gradients(checkpointing, rows, model, plain):
     """A micro-batch's loss and gradients are the sums of its rows' in transformers' own model."""
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     model.train()
     loss = model(**flatten(rows), num_items_in_batch=7)["loss"]
     loss.backward()
@@ -155,7 +155,7 @@ def test_neighbours_do_not_change_loss_and_gradients(checkpointing, rows, model,
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     for each in (model, plain):
         each.zero_grad()
         each.eval()

@@ -38,7 +38,8 @@ def test_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(gpu_report):
     assert report["device"] is None
     assert report["versions"]["torch"] == torch.__version__
     names = {run["contender"] for run in report["runs"]}
-    assert {"this trainer", "this trainer, all checkpointed"} <= names
+    ways = ("", ", compiled", ", all checkpointed")
+    assert {f"this trainer{way}" for way in ways} <= names
     assert any(name.startswith("TRL") for name in names) == HAS_TRL
     assert HAS_TRL or any(note.startswith("TRL: skipped") for note in report["notes"])
     for run in report["runs"]:
@@ -47,14 +48,24 @@ def test_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(gpu_report):
         assert run["planned_gib"] > 0 if "this trainer" in run["contender"] else run["padding"] >= 0
         for name in ("s_per_step", "tokens_per_s", "trained_tokens_per_s", "mfu", "peak_gib"):
             assert run[name] is None
-    assert {run["rows"] for run in report["attention"]} == {"short", "long"}
-    assert all(run["largest_difference"] < 1e-4 for run in report["attention"])
+    assert {"attention, torch.float32, cpu", "model's gradients, torch.float32, cpu"} <= {
+        check["name"] for check in report["numerics"]
+    }
+    assert all(check["error"] <= check["limit"] for check in report["numerics"])
+
+
+def test_gpu_benchmark_shows_a_report_again(gpu_report, tmp_path):
+    printed, report = gpu_report
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--show", tmp_path / "gpu.json"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert shown and shown in printed
 
 
 @pytest.mark.parametrize("rows", ["short", "long"])
 def test_gpu_benchmark_gives_all_contenders_the_same_work(gpu_report, rows):
     runs = [run for run in gpu_report[1]["runs"] if run["rows"] == rows]
-    assert len(runs) == 2 + HAS_TRL
+    assert len(runs) == 3 + HAS_TRL
     for run in runs:
         assert not run["void"]
         assert run["first_step_loss"] == pytest.approx(runs[0]["first_step_loss"], rel=1e-6)

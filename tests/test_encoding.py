@@ -124,12 +124,11 @@ def test_a_batch_is_its_rows_one_by_one(tokenizer):
     assert encode_batch(list(ALL.values()), tokenizer) == alone
 
 
-def test_what_is_left_of_a_truncating_tokenizer(tiny_tokenizer):
-    """A tokenizer.json that says to truncate or to pad does neither to a row."""
+def test_a_tokenizer_that_cuts_or_pads_does_neither_to_a_row(tiny_tokenizer):
+    whole = encode(NASTY["several turns"], tiny_tokenizer)
     tiny_tokenizer.backend_tokenizer.enable_truncation(3)
     tiny_tokenizer.backend_tokenizer.enable_padding(length=99)
-    assert_labels(NASTY["long"], encode(NASTY["long"], tiny_tokenizer), tiny_tokenizer)
-    tiny_tokenizer.backend_tokenizer.no_padding()
+    assert encode(NASTY["several turns"], tiny_tokenizer) == whole
 
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] %s }}"

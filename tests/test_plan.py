@@ -109,21 +109,21 @@ def test_the_update_needs_two_fp32_copies_of_the_largest_parameter():
 
 
 @pytest.mark.parametrize(
-    "gpus, processes, most_needed, plain",  # GiB, and tokens without checkpointing
+    "gpus, processes, needed, plain",  # GiB, and tokens without checkpointing
     [
-        ("1x80", 1, 47.5, range(4800, 5000)),
-        ("2x80", 2, 36, range(7800, 8200)),
-        ("8x80", 8, 16, range(10000, 11000)),
-        ("4x32", 4, 29, range(900, 1000)),
-        ("4x80", 1, 20, range(36000, 39000)),
-        ("1x48", 1, 47.5, range(1)),
+        ("1x80", 1, 47.1, range(4800, 5000)),
+        ("2x80", 2, 28.7, range(7800, 8200)),
+        ("8x80", 8, 12.6, range(10000, 11000)),
+        ("4x32", 4, 25.2, range(900, 1000)),
+        ("4x80", 1, 14.7, range(36000, 39000)),
+        ("1x48", 1, 47.1, range(1)),
     ],
 )
-def test_needed_and_used_are_the_least_and_the_most(gpus, processes, most_needed, plain):
+def test_needed_and_used_are_the_least_and_the_most(gpus, processes, needed, plain):
     """For rows of 8,192 tokens; and of what workspaces and NCCL leave free, 95 % and no more."""
     job = make_job(gpus, processes)
     found = plan_of(job, 8192, tokens_per_forward=39000)
-    assert max(found.needed) <= most_needed * GIB
+    assert max(found.needed) / GIB == pytest.approx(needed, abs=0.06)
     most, free = found.max_tokens_without_checkpointing, job.capacities[0] / GIB
     usable = 0.95 * (free - 0.5 - 0.6 * (processes > 1))
     loads = [max(device_loads(job, n, found.held, False)) / GIB for n in (most, most + 1)]
@@ -258,7 +258,7 @@ TOKENS = "--tokens_per_forward"
         ("1x80 --fp32 1", 1, r"what would fit: torchrun --nproc_per_node 2; no --fp32\n"),
         ("4x80 --max_steps 7", 0, "steps      7 of 128 rows, .* few to learn from"),
         ("8x80", 0, r"[\d.e+]+ FLOPs an epoch: [\d.]+ h if 1 x A100 reach 40 % of 312 TFLOP/s\n"),
-        ("4x80 --save_strategy no", 0, r"disk       14.2 GiB for 0 checkpoints and the export\n"),
+        ("4x80", 0, r"disk       100.6 GiB for 3 checkpoints and the export\n"),
         *((gpus, 2, "--gpus") for gpus in ("4", "x80", "4x", "4x80,", "0x80", "4x80:fp8")),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_plan_for_this_machine_is_for_what_is_free(dry_run, monkeypatch):
     free = SimpleNamespace(total=900 * GIB, available=200 * GIB, free=GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     code, out, err = dry_run()
-    assert (code, err) == (0, "") and re.search(r"FLOPs an epoch\n", out)
+    assert (code, err) == (0, "") and re.search(r"of 2048 tokens; [^$]* FLOPs an epoch\n", out)
     (alone,) = re.findall(r"device 0: (.*) of 180.0 GiB\n", out)
     code, out, err = dry_run(free=1)
     assert code == 1 and "GiB for 3 checkpoints and the export, 1.0 GiB free\n" in out
@@ -314,7 +314,7 @@ def test_an_epochs_cost_is_that_of_its_rows():
     assert found == 6 * 7e9 * 4000 + attention
 
 
-@pytest.mark.parametrize("given", ["balanced", '{"": "cpu"}'])
+@pytest.mark.parametrize("given", ["balanced", '{"": 0}'])
 def test_a_device_map_of_ones_own_is_passed_on(given, run_main, monkeypatch, tmp_path):
     """On a machine too small for ours: nothing is said of devices that the map may not use."""
 
@@ -322,7 +322,7 @@ def test_a_device_map_of_ones_own_is_passed_on(given, run_main, monkeypatch, tmp
         raise UserError(f"seen {json.dumps(device_map)}")
 
     monkeypatch.setattr(transformers.Qwen2ForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(sft_qwen2, "find_devices", lambda *args: ([1.0], None))
+    monkeypatch.setattr(mp, "find_devices", lambda *args: ([1.0], None))
     argv = ["--model_name_or_path", ROOT / "data" / "tiny-qwen2", "--output_dir", tmp_path]
     _, out, err = run_main(*argv, "--report_to", "none", "--device_map", given)
     assert (

@@ -138,7 +138,7 @@ def test_rows_say_what_they_say_or_are_refused(encoded, write_rows, tiny_tokeniz
         assert reason in row["error"] and len(row["error"]) < 300, (line[:99], row["error"])
         assert row["place"] == f"{path}:{next(at) + 2}" and row["error"].isprintable()
     assert len(rows) == len(GOOD_ROWS) + len(BAD_ROWS)
-    assert set(rows["ignored"]) == {"", "'at', 'id', 'score'"}
+    assert set(rows["ignored"]) == {"", "'at'\n'id'\n'score'"}
 
 
 def test_bad_rows_stop_the_run_before_the_model_is_loaded(
@@ -292,7 +292,7 @@ def test_shards_train_to_the_last_digit_as_one_file(train, untied_model_dir, wri
     flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5}
     one = train(untied_model_dir, write_rows(rows), tmp_path / "one", **flags)
     three = train(untied_model_dir, tmp_path, tmp_path / "three", **flags)
-    assert one.losses == three.losses and len(one.losses) == 5
+    assert one.losses == three.losses and len(one.losses) == 5 and "ignored" not in one.out
     assert (
         "30 rows = 30 trained" in three.out and "of-00003.jsonl: 10 rows, 10 trained" in three.out
     )
@@ -318,6 +318,8 @@ def test_any_number_of_processes_gives_the_same_table(num_proc, encoded, write_r
     rows = encoded([one, two, one], num_proc=num_proc)
     assert rows.table.equals(expected.table) and len(list(cache.glob("*/*.arrow"))) == num_proc
     assert [row["place"] for row in rows] == [row["place"] for row in expected]
+    even = encoded(write_rows([GOOD] * 42), num_proc=num_proc)  # each cut is where a line begins
+    assert even["line"].tolist() == list(range(1, 43))
     broken = cache.with_name("broken.csv")
     broken.write_bytes(b"query,answer\n" + b"q,a\n" * 999 + '"你'.encode("gbk"))
     with pytest.raises(UserError, match=r"broken.csv: cannot be read: is not UTF-8"):
@@ -444,7 +446,7 @@ def test_what_a_run_says_of_its_rows(train, untied_model_dir, tmp_path):
     flags = {"max_len": 60, "system_prompt": "", "skip_bad_rows": "true"}
     run = train(untied_model_dir, tmp_path, tmp_path / "out", **flags)
     assert "4 rows = 2 trained + 1 dropped + 1 rejected (1 cut)" in run.out
-    assert "1 control tokens spelled in texts" in run.out and "ignored" in run.out
+    assert "1 control tokens spelled in texts" in run.out and "change nothing: 'id'\n" in run.out
     assert f"validation {tmp_path}/dev.json: 2 rows" in run.out and f"{path}:2: wants" in run.err
     assert sorted(row["line"] for rows in run.steps for row in rows) == [1, 4]
     rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())

@@ -19,7 +19,7 @@ BUDGETS = {
 TOTAL, LONGEST_FUNCTION, TESTS = 1800, 50, 3000
 # Each may import those after it.
 ORDER = ["arguments", "callbacks", "run_folder", "memory_plan", "model_folder", "answers"]
-ORDER += ["numerics", "rows"]
+ORDER += ["numerics", "encoded_rows", "rows"]
 
 
 def num_lines(*paths: Path) -> int:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -124,24 +123,9 @@ def test_what_is_wrong_gets_a_sentence(stats, tmp_path, write_rows, monkeypatch)
     assert code == 1 and "hf download" in err and err.count("\n") == 1
     code, _, err = stats("--data_path", write_rows(b'{"query": "q"}'), "--skip_bad_rows")
     assert code == 1 and "1 rows would be refused" in err
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = stats("--data_path", good, "--plot", tmp_path / "x.png")
-    assert code == 1 and "pip install matplotlib" in err and "最大长度" in out
-    with pytest.raises(SystemExit) as stop:
-        token_stats.main(["--data", "data"])
-    assert stop.value.code == 2
 
 
-def test_plot_is_a_picture(stats, tmp_path, long_rows):
-    pytest.importorskip("matplotlib")
-    assert stats("--data_path", long_rows, "--plot", tmp_path / "x.png")[0] == 0
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_help_is_quick_and_a_run_imports_no_trainer(tiny_model_dir):
-    start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "token_stats.py", "--help"], check=True, stdout=-3)
-    assert time.perf_counter() - start < 2
+def test_a_run_imports_no_trainer_and_its_reader_may_leave(tiny_model_dir):
     code = (
         "import sys, token_stats; code = token_stats.main(sys.argv[1:]); "
         "never = ('wandb', 'transformers.trainer', 'transformers.modeling_utils',"

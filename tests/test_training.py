@@ -125,14 +125,6 @@ def test_a_plain_loop_gives_the_same_losses(runs, untied_model_dir):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_the_losses_are_drawn_where_matplotlib_is_installed(runs, data):
-    """As a picture, which has both curves' points."""
-    pytest.importorskip("matplotlib")
-    picture = Path(runs[2048].trainer.args.output_dir, "loss.png")
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
-    assert f"losses     {picture}" in runs[2048].out
-
-
 def test_eval_loss_is_the_mean_over_all_answer_tokens(runs, data, untied_model_dir):
     """eval_loss weighs every trained token of the validation file alike, before and after."""
     run = runs[16384]

@@ -1,0 +1,373 @@
+"""sft/numerics.py against fp64, against PyTorch's own, and through saving and loading.
+
+Where there is a GPU: python -m pytest --noconftest -m gpu tests/test_numerics.py
+(conftest.py hides GPUs from the other tests).
+"""
+
+import io
+import json
+import os
+import sysconfig
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+import sft_qwen2
+from sft import numerics
+from sft.numerics import BLOCK, adamw_8bit_class, check_compiler, cross_entropy_sum
+
+# torch.compile, its distributed checkpoints and FakeTensor warn of their own doings.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HALF = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # errors to allow: half of a last bit, twice
+LIMITS = {torch.float32: 1e-6, **HALF}
+WAYS = [pytest.param(True, id="library"), pytest.param(False, id="own")]
+
+
+# ---- The loss -----------------------------------------------------------------------------------
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """The loss by PyTorch's linear_cross_entropy, and by the function that stands in for it."""
+    if request.param and not numerics.HAS_TORCH_2_13:
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    monkeypatch.setattr(numerics, "HAS_TORCH_2_13", request.param)
+
+
+def make_inputs(dtype, easy=0.7):
+    """Return hidden [1500, 64], head [800, 64], targets [1500]; this share of tokens is likely."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1500, 64, generator=generator)  # two chunks, the second not full
+    head = 3 / 8 * torch.randn(800, 64, generator=generator)
+    targets = torch.randint(0, 800, (1500,), generator=generator)
+    likely = torch.rand(1500, generator=generator) < easy
+    hidden[likely] += 1.2 * head[targets[likely]]
+    return hidden.to(dtype), head.to(dtype), targets, likely
+
+
+def exact_sum(hidden, head, targets):
+    return cross_entropy(hidden.double() @ head.double().T, targets, reduction="sum")
+
+
+def differentiate(function, hidden, head, targets, scale=1.0):
+    """Return the loss, and the gradients of hidden and head, of function(...) * scale, in fp64."""
+    leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+    loss = function(*leaves, targets)
+    (loss * scale).backward()
+    return loss.detach(), *(x.grad.double() / scale for x in leaves)
+
+
+def relative(found, wanted) -> float:
+    found, wanted = found.detach(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_loss_and_gradients_are_those_of_fp64(way, dtype):
+    *inputs, likely = make_inputs(dtype)
+    scale = 1 / 1024 if dtype != torch.float16 else 64.0  # as a divisor, and a loss scale, would
+    loss, *found = differentiate(cross_entropy_sum, *inputs, scale)
+    exact_loss, *exact = differentiate(exact_sum, *inputs, scale)
+    assert loss.dtype == torch.float32
+    # A single loss may be rounded: to 8 or 11 bits, each in its own direction.
+    assert relative(loss.double(), exact_loss) < LIMITS[dtype] / 10 + 3e-7
+    for gradient, wanted in zip(found, exact):
+        assert relative(gradient, wanted) < LIMITS[dtype]
+    # With a softmax in half precision, these would be wrong by their last bits of 1 - p.
+    assert relative(found[0][likely], exact[0][likely]) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_flat_softmax_over_a_large_vocabulary_is_finite(way, dtype):
+    hidden, head = torch.ones(3, 8, dtype=dtype), torch.zeros(152_064, 8, dtype=dtype)
+    loss, *gradients = differentiate(cross_entropy_sum, hidden, head, torch.arange(3))
+    assert abs(float(loss) / (3 * torch.tensor(152_064.0).log()) - 1) < 1e-3
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_no_position_means_no_loss_and_no_gradient(way):
+    hidden, head, targets, _ = make_inputs(torch.float32)
+    loss, *gradients = differentiate(cross_entropy_sum, hidden[:0], head, targets[:0])
+    assert loss == 0 and gradients[0].shape == (0, 64) and not gradients[1].any()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_decides_on_the_dtype_of_the_products(way, dtype):
+    hidden, head, targets, _ = make_inputs(torch.float32)
+
+    def autocast_sum(*inputs):
+        with torch.autocast("cpu", dtype):
+            return cross_entropy_sum(*inputs)
+
+    scale = 1 / 1024 if dtype != torch.float16 else 64.0
+    loss, *found = differentiate(autocast_sum, hidden, head, targets, scale)
+    halves = (hidden.to(dtype), head.to(dtype), targets)
+    half_loss, *wanted = differentiate(cross_entropy_sum, *halves, scale)
+    assert loss.dtype == torch.float32 and loss == half_loss
+    assert all(torch.equal(*pair) for pair in zip(found, wanted))
+
+
+@pytest.mark.skipif(not numerics.HAS_TORCH_2_13, reason="PyTorch has no linear_cross_entropy")
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_the_stand_in_equals_the_library(monkeypatch, dtype):
+    inputs, both = make_inputs(dtype)[:3], []
+    for has in (True, False):
+        monkeypatch.setattr(numerics, "HAS_TORCH_2_13", has)
+        both.append(differentiate(cross_entropy_sum, *inputs, 1.0))
+    for own, library in zip(*both):
+        assert relative(own.double(), library.double()) < LIMITS[dtype]
+
+
+# ---- AdamW with 8-bit state ---------------------------------------------------------------------
+@pytest.fixture
+def eager():
+    """Optimizer steps that are not compiled: the same sums, without the wait for a compiler."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+SHAPES = {"matrix": (64, BLOCK), "narrow": (128, 96), "small": (16, BLOCK), "norm": (8192,)}
+
+
+def make_optimizer(shapes=SHAPES, **options):
+    """Return bf16 parameters by name, and an optimizer over them."""
+    generator = torch.Generator().manual_seed(1)
+    made = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    parameters = {name: torch.nn.Parameter(value) for name, value in made.items()}
+    options = {"lr": 1e-2, "seed": 0, "bf16_stochastic_round": True} | options
+    return parameters, adamw_8bit_class()(parameters.values(), **options)
+
+
+def step(parameters, optimizer, seed=0, size=1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters.values():
+        p.grad = size * torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+def formats(parameters, optimizer) -> dict:
+    states = {name: optimizer.state[p]["exp_avg_sq"] for name, p in parameters.items()}
+    return {name: getattr(state, "block_size", state.dtype) for name, state in states.items()}
+
+
+EXPECTED = {"matrix": BLOCK, "narrow": torch.float32, "small": torch.float32, "norm": torch.float32}
+
+
+def test_matrices_have_8_bits_and_all_else_fp32(eager):
+    parameters, optimizer = make_optimizer()
+    step(parameters, optimizer)
+    assert formats(parameters, optimizer) == EXPECTED
+    assert BLOCK == 128  # it divides 896, 1536, 3584, 8192: no block straddles rows of any Qwen2
+
+
+def test_the_second_moment_of_norms_falls_as_that_of_adamw_does(eager):
+    parameters, optimizer = make_optimizer({"norm": (256,)})
+    other = {"norm": torch.nn.Parameter(parameters["norm"].detach().float())}
+    adamw = torch.optim.AdamW(other.values(), lr=1e-2)
+    for number in range(200):
+        for these, by in ((parameters, optimizer), (other, adamw)):
+            step(these, by, seed=number, size=1.0 if number < 20 else 0.01)
+    states = [by.state[p["norm"]] for p, by in ((parameters, optimizer), (other, adamw))]
+    found, wanted = (state["exp_avg_sq"] for state in states)
+    assert relative(found, wanted) < 5e-3  # gradients are rounded; bf16 state is off by 0.2
+
+
+@pytest.mark.parametrize("by", ["torch.save", "distributed checkpoint"])
+def test_saved_and_loaded_it_steps_on_as_if_never_stopped(eager, tmp_path, by):
+    parameters, optimizer = make_optimizer()
+    for number in range(2):
+        step(parameters, optimizer, number)
+    saved = {"optimizer": optimizer.state_dict(), "values": parameters}
+    others, loaded = make_optimizer()
+    if by == "torch.save":
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        saved = torch.load(file)
+    else:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(saved, checkpoint_id=tmp_path)
+        step(others, loaded, 7)  # a state to load into
+        saved = {"optimizer": loaded.state_dict(), "values": others}
+        dcp.load(saved, checkpoint_id=tmp_path)
+    loaded.load_state_dict(saved["optimizer"])
+    with torch.no_grad():
+        for name, value in saved["values"].items():
+            others[name].copy_(value)
+    torch.rand(3)  # what others draw does not matter
+    assert formats(others, loaded) == EXPECTED
+    for these, by_whom in ((parameters, optimizer), (others, loaded)):
+        step(these, by_whom, 2)
+    for name, value in parameters.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.mark.slow  # it compiles
+def test_random_rounding_differs_by_seed_and_step_and_leaves_other_draws_alone():
+    """Compiled, as in a run: there the random bits come from a seed that the device draws.
+
+    Without gradients only weight decay moves the weights, in each step as far.
+    """
+    results = []
+    for seed in (0, 0, 1):
+        parameters, optimizer = make_optimizer({"matrix": (64, BLOCK)}, seed=seed, weight_decay=0.3)
+        began, draws = parameters["matrix"].detach().clone(), torch.get_rng_state()
+        for _ in range(2):
+            with torch.no_grad():
+                parameters["matrix"].copy_(began)
+            step(parameters, optimizer, size=0.0)
+            results.append(parameters["matrix"].detach().clone())
+        assert torch.equal(draws, torch.get_rng_state())
+    first, second, first_again, second_again, *others = results
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    for other in (second, *others):
+        assert 0.1 < (first != other).float().mean() < 0.9
+
+
+def test_the_learning_rate_stays_on_the_host_wherever_a_state_is_moved():
+    from accelerate.optimizer import move_to_device
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):  # "cpu:1" is a device of its own there
+        parameter = torch.nn.Parameter(torch.empty(64, BLOCK, device="cpu:1"))
+        optimizer = adamw_8bit_class()([parameter], lr=1e-3, seed=0)
+        state_dict = optimizer.state_dict()
+        state_dict["param_groups"][0]["lr"] = torch.empty(())  # fake constants cannot move
+        moved = move_to_device(state_dict, torch.device("cpu:1"))
+        assert moved["param_groups"][0]["lr"].device == torch.device("cpu:1")
+        optimizer.load_state_dict(moved)  # as accelerate does when it prepares the optimizer
+        assert optimizer.param_groups[0]["lr"].device == torch.device("cpu")
+        state = {"step": torch.ones((), device="cpu:1"), "exp_avg": torch.ones(64, BLOCK)}
+        optimizer.load_state_dict({**moved, "state": {0: state}})  # as a resumed run does
+        assert optimizer.state[parameter]["step"].device == torch.device("cpu")
+        assert optimizer.state[parameter]["exp_avg"].device == torch.device("cpu:1")
+
+
+# ---- What compiling needs -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "device, variable, names", [("cuda", "CC", "gcc or clang"), ("cpu", "CXX", "g++")]
+)
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path, device, variable, names):
+    monkeypatch.delenv(variable, raising=False)
+    assert check_compiler(device) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert f"install what is missing: {names} ({variable} names another)" in check_compiler(device)
+    compiler = tmp_path / "my-compiler"
+    compiler.write_text("")
+    os.chmod(compiler, 0o755)
+    monkeypatch.setenv(variable, "my-compiler")
+    assert check_compiler(device) is None
+    monkeypatch.setattr(sysconfig, "get_path", lambda *args: str(tmp_path))
+    assert check_compiler(device).endswith(f": {tmp_path}/Python.h (of python3-dev)")
+
+
+# ---- What each device computes in its own way ---------------------------------------------------
+NO_GPU = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU, or it is hidden"
+)
+GPU = [pytest.mark.gpu, NO_GPU]
+CPU_AND_GPU = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def hold(name: str, error: float, limit: float) -> None:
+    """Assert it, and print it for benchmarks/gpu.py."""
+    print("\nRESULT " + json.dumps({"name": name, "error": error, "limit": limit}))
+    assert error <= limit
+
+
+def exact_attention(qkv, seq_lens):
+    """Return causal attention [1, T, H, D] inside each row, in fp64."""
+    outputs = []
+    for q, k, v in zip(*(x[0].double().split(seq_lens, dim=1) for x in qkv)):
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
+        future = torch.ones(2 * q.shape[1:2], dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)[None]
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_attention_on_device(device, dtype):
+    """On Ampere, in half precision, by varlen_attn; elsewhere row by row."""
+    seq_lens = [1, 37, 200, 64]
+    bounds = torch.tensor([0, *np.cumsum(seq_lens)], dtype=torch.int32, device=device)
+    bounds = {"seq_lens": seq_lens, "cu_seq_lens": bounds, "scaling": 64**-0.5}
+    options = {"dtype": dtype, "device": device, "requires_grad": True}
+    torch.manual_seed(0)
+    qkv = [torch.randn(1, heads, sum(seq_lens), 64, **options) for heads in (6, 2, 2)]
+    found = sft_qwen2.row_attention(None, *qkv, None, **bounds)[0]
+    wanted = exact_attention(qkv, seq_lens)
+    hold(f"attention, {dtype}, {device}", relative(found.double(), wanted), ERRORS[dtype])
+    gradient = torch.randn_like(found)
+    pairs = zip(*(torch.autograd.grad(x, qkv, gradient.to(x.dtype)) for x in (found, wanted)))
+    error = max(relative(*pair) for pair in pairs)
+    hold(f"attention's gradients, {dtype}, {device}", error, ERRORS[dtype])
+    last = torch.tensor(sum(seq_lens[:3]) - 1, device=device)  # of the third row
+    changed = [x.detach().index_fill(2, last, 9.0) for x in qkv]
+    other = sft_qwen2.row_attention(None, *changed, None, **bounds)[0]
+    assert (other != found).flatten(2).any(-1).nonzero().tolist() == [[0, int(last)]]
+
+
+@CPU_AND_GPU
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+def test_loss_on_device(device, dtype):
+    *inputs, _ = (x.to(device) for x in make_inputs(dtype))
+    scale = 1 / 1024 if dtype != torch.float16 else 64.0
+    loss, *found = differentiate(cross_entropy_sum, *inputs, scale)
+    exact_loss, *wanted = differentiate(exact_sum, *inputs, scale)
+    hold(f"loss, {dtype}, {device}", relative(loss.double(), exact_loss), ERRORS[dtype] / 10)
+    error = max(relative(*pair) for pair in zip(found, wanted))
+    hold(f"loss's gradients, {dtype}, {device}", error, ERRORS[dtype] / 2)
+
+
+@CPU_AND_GPU
+def test_model_on_device(device, tmp_path):
+    """Three rows in a micro-batch, as the device trains them, against one by one in fp64."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).save_pretrained(tmp_path)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"dtype": dtype, "device_map": device}
+    model = sft_qwen2.model_class().from_pretrained(
+        tmp_path, attn_implementation="row_attention", **options
+    )
+    plain = transformers.Qwen2ForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", **options
+    ).double()
+    ids = [np.random.default_rng(n).integers(0, 2048, n) for n in (3, 90, 41)]
+    batch = sft_qwen2.flatten([{"input_ids": row, "labels": row} for row in ids])
+    batch |= {name: x.to(device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
+    loss, exact = model(**batch)["loss"], 0
+    for row in ids:
+        row = torch.tensor(row, device=device)
+        exact += cross_entropy(plain(row[None]).logits[0, :-1], row[1:], reduction="sum")
+    loss.backward()
+    exact.backward()
+    hold(f"model's loss, {dtype}, {device}", relative(loss.double(), exact), ERRORS[dtype])
+    pairs = zip(model.parameters(), plain.parameters())
+    error = max(relative(p.grad.double(), q.grad.double()) for p, q in pairs)
+    hold(f"model's gradients, {dtype}, {device}", error, 3 * ERRORS[dtype])
+
+
+@pytest.mark.slow  # it compiles
+@CPU_AND_GPU
+def test_an_update_below_the_last_bit_arrives_on_device(device):
+    """At a rate of 1e-5, over bf16 weights: all of it, in the mean. Plain rounding loses it."""
+    torch.manual_seed(0)
+    began = (0.02 * torch.randn(1024, 512, device=device)).bfloat16()
+    weights, exact = (torch.nn.Parameter(x) for x in (began.clone(), began.double()))
+    weights.grad = torch.randn_like(weights)
+    exact.grad = weights.grad.double()
+    options = {"lr": 1e-5, "weight_decay": 0.003}
+    adamw_8bit_class()([weights], seed=0, bf16_stochastic_round=True, **options).step()
+    torch.optim.AdamW([exact], **options).step()
+    moved, wanted = weights.detach().double() - began, exact.detach() - began
+    share = float((moved * wanted.sign()).sum() / wanted.abs().sum())
+    hold(f"update's share that is lost, {device}", abs(share - 1), 0.05)
