@@ -44,6 +44,7 @@ def take_for_gpu(compute: str, shard: bool) -> None:
     capability = {"bf16": (8, 0), "fp16": (7, 0), "fp32": None}[compute]
     memory_plan.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
     if not shard:
+        arguments.process_defaults = lambda use_cpu: {"use_cpu": True}
         load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
         sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
         return
@@ -118,10 +119,16 @@ def run(job: dict) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def main() -> None:
+def load_modules() -> None:
+    """Load what every fork needs, once."""
     torch.set_num_threads(1)
+    sft_qwen2.callbacks.quiet_libraries()
     for name in ("Trainer", "Qwen2ForCausalLM", "Qwen2Tokenizer", "pipeline"):
-        getattr(transformers, name)  # loads its module, for every fork
+        getattr(transformers, name)
+
+
+def main() -> None:
+    load_modules()
     print(json.dumps([run(job) for job in json.loads(sys.argv[1])]))
 
 
