@@ -508,6 +508,8 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     import accelerate
 
+    from sft.shards import AnyProcesses  # imported here: it takes a second
+
     args = trainer_arguments(script_args, training_args, precision, rows)
     optimizer = None  # Trainer's own of this name
     if precision.optim == "adamw_torch_8bit":
@@ -518,7 +520,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
     hooks = [callbacks.MetricsLog(), stop]
     if script_args.early_stopping_patience:
         hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    bases = (StepTrainer, run_folder.WholeCheckpoints, transformers.Trainer)
+    bases = (StepTrainer, run_folder.WholeCheckpoints, AnyProcesses, transformers.Trainer)
     trainer = type("SFTTrainer", bases, {})(  # here: importing Trainer takes seconds
         model,
         args,
@@ -632,6 +634,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
         where = f" in process {rank}" * (training_args.world_size > 1)
         print(f"error{where}: {error}", file=sys.stderr)
+        callbacks.tell_torchrun(f"error{where}: {error}")
         return 1
     except KeyboardInterrupt:
         print(f"stopped    {run_folder.saved_so_far(training_args.output_dir)}", file=sys.stderr)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from sft import callbacks
 from sft.memory_plan import GPUS, STATE_8BIT, Precision
 from sft.rows import parse_json, say
 
@@ -43,8 +44,10 @@ class Parser(transformers.HfArgumentParser):
             message = f"--{name}: {FLAGS['refused'][name]}"
         elif name in FLAGS["choice"]:
             message = f"--{name}: must be one of {FLAGS['choice'][name]}"
+        message = f"error: {' '.join(message.split())}"
+        callbacks.tell_torchrun(message)
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # the others have the same arguments
-        self.exit(2, f"error: {' '.join(message.split())}\n" if first else None)
+        self.exit(2, f"{message}\n" if first else None)
 
     def format_help(self) -> str:
         """Return two lines for flags that belong together: names with defaults, and a sentence."""

@@ -34,6 +34,14 @@ def quiet_libraries() -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
+def tell_torchrun(sentence: str) -> None:
+    """Let torchrun, where it started this process, end its own report with the sentence."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": sentence, "timestamp": int(time.time())}
+        text = json.dumps({"message": {"message": sentence, "extraInfo": about}})
+        Path(path).write_text(text, encoding="utf-8")
+
+
 class Console:
     """A text stream whose writing never fails: a run outlives the pipe or disk that it logs to."""
 

@@ -36,7 +36,7 @@ FREE = re.compile(
     r"output_dir|data_path|skip_bad_rows|tokens_per_forward|device_map|resume|dry_run|gpus|optim"
     r"|per_device_\w+|gradient_accumulation_steps|(gradient|activation)_checkpointing\w*|use_cpu"
     r"|logging_\w+|log_\w+|disable_tqdm|report_to|run_name|project|do_\w+|skip_memory_metrics"
-    r"|save_(strategy|steps|total_limit)|ddp_\w+|local_rank|torch_empty_cache_steps"
+    r"|save_(strategy|steps|total_limit)|ddp_\w+|fsdp\w*|local_rank|torch_empty_cache_steps"
     r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor|\w+_context)"
 )
 

@@ -1,13 +1,13 @@
 """Run the script in several processes, as torchrun starts them, but forked: imports cost once.
 
-    python tests/launch.py '[{"world": 2, "argv": [...], "folder": "...", "sharded": false}, ...]'
+    python tests/launch.py '[{"world": 2, "argv": [...], "folder": "...", "compute": "bf16"}, ...]'
+    python tests/launch.py --kills 20                    # of runs over shards, which are resumed
 
-The jobs run one after another, each of its processes with a log in the job's folder. Prints the
-exit codes of each job's processes as JSON. A "sharded" job's trainer believes that its devices are
-GPUs, where accelerate gives in to --fsdp; on a CPU it falls back to DDP without a word. "compute"
-is the number format of its layers. Each process counts the rows it encodes in encoded-RANK.
-"free" is the memory that each process finds, in GiB.
-A "gradients" job runs no script: it saves loss and gradients of a step, by fully_shard if several.
+Jobs run one after another, each process with a log in the job's folder; prints their exit codes as
+JSON. With "compute", a number format, the script takes the CPU for a GPU of that format, and
+several processes shard the model; else they train whole copies. "free": the memory that each
+process finds, in GiB. Process R writes to seen-R, a JSON object a line, what it alone can tell:
+rows encoded, seeds of the rounding, and the number formats in which gradients are exchanged.
 """
 
 import json
@@ -18,20 +18,18 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 import accelerate
-import datasets  # noqa: F401
-import numpy as np
 import psutil
 import torch
 import transformers
 
 import sft_qwen2
 from sft import arguments, memory_plan
-from sft.rows import read_rows
 
 
 def free_port() -> int:
@@ -40,13 +38,19 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def shard_on_cpu(compute: str) -> None:
-    """Let the script take this CPU for a GPU of this number format, and shard over it."""
-    create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
+def take_for_gpu(compute: str, shard: bool) -> None:
+    """Let the script take this CPU for a GPU of this number format, and shard over several."""
     choose_precision = memory_plan.choose_precision
     capability = {"bf16": (8, 0), "fp16": (7, 0), "fp32": None}[compute]
+    memory_plan.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
+    if not shard:
+        arguments.process_defaults = lambda use_cpu: {"use_cpu": True}
+        load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
+        sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
+        return
+    create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
 
-    def create(trainer):
+    def create(trainer):  # accelerate would fall back to whole copies on a CPU, without a word
         kinds = accelerate.state.DistributedType
         accelerate.state.PartialState._shared_state["distributed_type"] = kinds.MULTI_GPU
         create_accelerator(trainer)
@@ -56,50 +60,25 @@ def shard_on_cpu(compute: str) -> None:
     defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG}
     arguments.process_defaults = lambda use_cpu: defaults
     transformers.Trainer.create_accelerator_and_postprocess = create
-    memory_plan.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
 
 
-def count_encoded(path: Path) -> None:
-    encode_batch = sft_qwen2.encode_batch
+def watch(path: Path) -> None:
+    """Write to the file what a process alone can tell."""
 
-    def counting(conversations, tokenizer):
-        if len(conversations) > 1:  # not the probe of the chat template
+    def watched(module, name, tell):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
             with open(path, "a") as file:
-                file.write(f"{len(conversations)}\n")
-        return encode_batch(conversations, tokenizer)
+                file.write(json.dumps(tell(*args, **kwargs)) + "\n")
+            return function(*args, **kwargs)
 
-    sft_qwen2.encode_batch = counting
+        setattr(module, name, call)
 
-
-def save_gradients(job: dict, rank: int) -> int:
-    """Save the loss and the whole gradients of one step to the job's folder; return 0."""
-    from torch.distributed.fsdp import fully_shard
-
-    world, model_dir = job["world"], job["gradients"]
-    torch.distributed.init_process_group("gloo")
-    model = sft_qwen2.load_model(model_dir, torch.float32).train()
-    model.gradient_checkpointing_enable()
-    if world > 1:
-        for module in (*model.model.layers, model):
-            fully_shard(module)
-    data = Path(__file__).resolve().parents[1] / "data" / "train.jsonl"
-    tokenizer = sft_qwen2.load_tokenizer(model_dir, "Be brief.")
-    turns = [sft_qwen2.parse_row(row, "Be brief.") for _, row in read_rows(data)][:16]
-    rows = [sft_qwen2.encode(conversation, tokenizer) for conversation in turns]
-    rows = [{name: np.array(ids) for name, ids in row.items()} for row in rows]
-    batches, trained_tokens = sft_qwen2.collate(rows, 2048, 700, rank, world)
-    loss_sum = torch.zeros(())
-    for batch in batches:
-        loss = model(**batch, num_items_in_batch=trained_tokens / world)["loss"]
-        loss.backward()
-        loss_sum += loss.detach() / world
-    torch.distributed.all_reduce(loss_sum)
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    if world > 1:
-        grads = {name: grad.full_tensor() for name, grad in grads.items()}
-    if rank == 0:
-        torch.save({"loss": loss_sum, "passes": len(batches), **grads}, f"{job['folder']}/step.pt")
-    return 0
+    watched(sft_qwen2, "encode_batch", lambda rows, _: {"rows": len(rows)} if len(rows) > 1 else {})
+    watched(torch, "manual_seed", lambda seed: {"seed": seed} if seed > 2**32 else {})
+    dtype = lambda output, input, **_: {"exchanged": str(input.dtype)}  # noqa: E731
+    watched(torch.distributed, "reduce_scatter_tensor", dtype)
 
 
 def start(job: dict, rank: int, port: int) -> int:
@@ -109,21 +88,19 @@ def start(job: dict, rank: int, port: int) -> int:
     log = os.open(f"{job['folder']}/log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"])}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(job["world"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if job["world"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        size, port = str(job["world"]), str(port)
+        os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     code = 70
     try:
-        if job.get("sharded"):
-            shard_on_cpu(job.get("compute", "fp32"))
+        if "compute" in job:
+            take_for_gpu(job["compute"], job["world"] > 1)
         if "free" in job:
             memory = SimpleNamespace(available=job["free"][rank] * 2**30)
             psutil.virtual_memory = lambda: memory
-        count_encoded(Path(job["folder"], f"encoded-{rank}"))
-        run = (
-            save_gradients if "gradients" in job else lambda job, rank: sft_qwen2.main(job["argv"])
-        )
-        code = run(job, rank)
+        watch(Path(job["folder"], f"seen-{rank}"))
+        code = sft_qwen2.main(job["argv"])
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -134,17 +111,25 @@ def start(job: dict, rank: int, port: int) -> int:
         os._exit(code)
 
 
-def main() -> None:
+def run(job: dict) -> list[int]:
+    """Run the job's processes to their end; return their exit codes."""
+    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    pids = [start(job, rank, port) for rank in range(job["world"])]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def load_modules() -> None:
+    """Load what every fork needs, once."""
     torch.set_num_threads(1)
+    sft_qwen2.callbacks.quiet_libraries()
     for name in ("Trainer", "Qwen2ForCausalLM", "Qwen2Tokenizer", "pipeline"):
-        getattr(transformers, name)  # loads its module, for every fork
-    codes = []
-    for job in json.loads(sys.argv[1]):
-        port = free_port()
-        pids = [start(job, rank, port) for rank in range(job["world"])]
-        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-        codes.append([os.waitstatus_to_exitcode(status) for status in statuses])
-    print(json.dumps(codes))
+        getattr(transformers, name)
+
+
+def main() -> None:
+    load_modules()
+    print(json.dumps([run(job) for job in json.loads(sys.argv[1])]))
 
 
 if __name__ == "__main__":
