@@ -18,7 +18,7 @@ BUDGETS = {
 }
 TOTAL, LONGEST_FUNCTION, TESTS = 2650, 50, 4800
 # Each may import those after it.
-ORDER = ["arguments", "callbacks", "run_folder", "memory_plan", "model_folder", "answers"]
+ORDER = ["arguments", "callbacks", "shards", "run_folder", "memory_plan", "model_folder", "answers"]
 ORDER += ["numerics", "encoded_rows", "rows"]
 
 
