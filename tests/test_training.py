@@ -226,6 +226,19 @@ def test_one_row_that_is_too_large(run_main, untied_model_dir, data, tmp_path, f
     assert code == 1 and "out of memory with one row of" in err and "--max_len" in err
 
 
+def test_a_step_that_fp16_skips_is_none_for_fused_adamw_either(runs):
+    """It would skip by itself, unseen by accelerate, and the schedule go on."""
+    optimizer, stepped = runs[2048].trainer.optimizer.optimizer, []
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    for parameter in runs[2048].trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    optimizer.register_step_pre_hook(lambda *_: stepped.append(True))
+    scaler.step(optimizer)
+    assert not stepped
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_reaches_no_weights(
     bad, run_main, untied_model_dir, data, tmp_path, monkeypatch
