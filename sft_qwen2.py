@@ -614,7 +614,8 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     after = answers.answer(trainer.model, tokenizer, questions)
     answers.print_answers(tokenizer, questions, before, after)
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
+    weights = f"{str(dtype).removeprefix('torch.')}, as in the base model's files"
+    print(f"model      {output_dir} ({weights}); to serve it: vllm serve {output_dir}")
     return 0
 
 
