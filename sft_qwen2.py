@@ -458,6 +458,11 @@ class StepTrainer:
         self.control = self.callback_handler.on_evaluate(*state, metrics)
         return metrics
 
+    def is_evaluated(self) -> bool:
+        """Return whether the last eval_loss in the log is that of the weights as they are."""
+        evaluated = [log["step"] for log in self.state.log_history if "eval_loss" in log]
+        return evaluated[-1:] == [self.state.global_step] and not self.args.load_best_model_at_end
+
     def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
         """Return (loss summed over this process's trained tokens, those of all processes)."""
         with torch.no_grad(), self.accelerator.autocast():
@@ -590,9 +595,8 @@ def run(args: ScriptArguments, training_args) -> int:
         model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
         stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
-        return train_and_export(
-            trainer, tokenizer, stop, checkpoint, config.dtype or precision.weights
-        )
+        base_dtype = config.dtype or precision.weights  # the export has that of the base's files
+        return train_and_export(trainer, tokenizer, stop, checkpoint, base_dtype)
 
 
 def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: torch.dtype) -> int:
@@ -605,17 +609,13 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
         return 128 + stop_signal
     trainer.model.config.use_cache = True  # Trainer turned it off; what is served needs it
     trainer.export(dtype, IM_END)
-    evaluated = [log["step"] for log in trainer.state.log_history if "eval_loss" in log]
-    is_last = (
-        evaluated[-1:] == [trainer.state.global_step] and not trainer.args.load_best_model_at_end
-    )
-    if trainer.eval_dataset is not None and not is_last:
+    if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
-    if questions:
-        after = answers.answer(trainer.model, tokenizer, questions)
-        answers.print_answers(tokenizer, questions, before, after)
+    after = answers.answer(trainer.model, tokenizer, questions)
+    answers.print_answers(tokenizer, questions, before, after)
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    print(f"model      {output_dir}; to serve it: vllm serve {output_dir}")
+    weights = f"{str(dtype).removeprefix('torch.')}, as in the base model's files"
+    print(f"model      {output_dir} ({weights}); to serve it: vllm serve {output_dir}")
     return 0
 
 

@@ -23,8 +23,6 @@ from sft import callbacks
 from sft.encoded_rows import beyond_positions, encode_files
 from sft.rows import UserError, as_user_error, find_data_files
 
-OWN_ARGUMENTS = ("arguments", "json")  # all others are the trainer's
-SMALLEST_MAX_LEN = 512  # the first candidate; each next one is twice as long
 SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
 LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
 BARS, BAR_WIDTH = 16, 56  # of the histogram: at most so many, so many columns long
@@ -69,7 +67,7 @@ def count_losses(rows, max_lens: list[int]) -> tuple[list[int], np.ndarray]:
 def compare_max_lens(rows, batch: int, rows_per_step: int, limit: int) -> list[dict]:
     """Return what each candidate max_len costs if longer rows are truncated; tokens as shares."""
     num_tokens, answer_tokens = rows["num_tokens"], int(rows["num_answer_tokens"].sum())
-    max_lens, results = [SMALLEST_MAX_LEN], []
+    max_lens, results = [512], []  # the first candidate; each next one is twice as long
     while max_lens[-1] < min(num_tokens.max(), limit):
         max_lens.append(2 * max_lens[-1])
     max_lens[-1] = min(max_lens[-1], limit)
@@ -119,7 +117,7 @@ def read_all(chosen: dict) -> tuple:
 
 def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
-    flags, values = {k: v for k, v in vars(args).items() if k not in OWN_ARGUMENTS}, {}
+    flags, values = {k: v for k, v in vars(args).items() if k not in ("arguments", "json")}, {}
     if args.arguments:
         with as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
             values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))

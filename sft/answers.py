@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import torch
 
 from sft.encoded_rows import IGNORE_INDEX
 from sft.rows import IM_END, IM_START, printable
@@ -30,6 +31,17 @@ def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
     """Return the model's greedy answers, each with the <|im_end|> that ends it, if it comes."""
     if not questions:
         return []
+    try:
+        return generate(model, tokenizer, questions)
+    except torch.OutOfMemoryError:
+        if len(questions) == 1:
+            return ["(out of memory)"]
+    half = len(questions) // 2
+    parts = (questions[:half], questions[half:])
+    return [text for part in parts for text in answer(model, tokenizer, part)]
+
+
+def generate(model, tokenizer, questions: list[tuple]) -> list[str]:
     prompts = {"input_ids": [prompt for prompt, _ in questions]}
     batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
@@ -40,6 +52,10 @@ def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
 
 def print_answers(tokenizer, questions: list[tuple], before: list[str], after: list[str]) -> None:
     """Print how many answers are those of the rows, and the first few."""
+    if not questions:
+        few = f"validation rows of at most {QUESTION_TOKENS} + {ANSWER_TOKENS} tokens"
+        print(f"exact      nothing was asked: it takes one process, and {few}")
+        return
     wanted = [tokenizer.decode(ids) for _, ids in questions]
     for (prompt, _), old, new in list(zip(questions, before, after))[:NUM_SHOWN]:
         asked = tokenizer.decode(prompt).split(f"{IM_START}user\n")[-1].split(IM_END)[0]

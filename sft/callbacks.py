@@ -65,13 +65,15 @@ class Console:
 def lasting_console():
     """Let stdout and stderr be Consoles, for as long as the context lasts."""
     streams = (sys.stdout, sys.stderr)
-    with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
-        yield
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:  # or Python would try it once more at its exit, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    try:
+        with redirect_stdout(Console(sys.stdout)), redirect_stderr(Console(sys.stderr)):
+            yield
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # or Python would try it once more at its exit, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- Callbacks ----------------------------------------------------------------------------------
@@ -147,6 +149,7 @@ class MetricsLog(transformers.TrainerCallback):
 
 def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     """Train to the end and return 0, or until a signal, save, and return its number."""
+    # Steps recover by themselves, as far as fewer tokens at once can help.
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
     with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
         trainer.train(resume_from_checkpoint=checkpoint)

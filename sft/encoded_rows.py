@@ -294,8 +294,10 @@ def mark_trained_tokens(row: dict, tokenizer, color: bool) -> str:
 
 def print_data(split: str, counts: dict) -> None:
     c = {name: f"{n:,}" for name, n in counts.items() if isinstance(n, int)}
-    rows = [f"{c['rows_' + name]} {name}" for name in ("trained", "dropped", "rejected")]
-    tokens = [f"{c['answer_tokens_' + name]} {name}" for name in ("trained", "cut", "dropped")]
+    used = "trained" if split == "train" else "evaluated"
+    words = {"trained": used, "dropped": "dropped", "rejected": "rejected", "cut": "cut"}
+    rows = [f"{c['rows_' + name]} {words[name]}" for name in ("trained", "dropped", "rejected")]
+    tokens = [f"{c['answer_tokens_' + x]} {words[x]}" for x in ("trained", "cut", "dropped")]
     files = list(counts["files"])
     what = files[0] if len(files) == 1 else f"{len(files)} files"
     print(f"{split:10} {what}: {c['rows_read']} rows = {' + '.join(rows)} ({c['rows_cut']} cut)")

@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes go on from: one process's are whole, many's in shards."""
+"""Checkpoints that any number of processes resume: one process's are whole, many's in shards."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 class AnyProcesses:
-    """Mixin for transformers.Trainer, which alone goes from whole to whole, and shards to shards."""
+    """Mixin for transformers.Trainer, which alone resumes whole ones whole, shards in shards."""
 
     def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
         shards = Path(checkpoint, "pytorch_model_fsdp_0")

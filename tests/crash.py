@@ -42,6 +42,7 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import sft_qwen2  # noqa: E402
+from sft import callbacks  # noqa: E402
 from sft.run_folder import ASIDE, WholeCheckpoints, check_checkpoint, whole_checkpoints  # noqa: E402
 
 STEPS, ROWS_PER_STEP = 8, 4
@@ -113,6 +114,18 @@ def kill_at_call(where: str, number: int) -> None:
     sys.addaudithook(hook)
 
 
+def at_step(step: int, action) -> None:
+    """Let this process call action() before it trains that step."""
+    training_step = sft_qwen2.StepTrainer.training_step
+
+    def watched(trainer, *args):
+        if trainer.state.global_step + 1 == step:
+            action()
+        return training_step(trainer, *args)
+
+    sft_qwen2.StepTrainer.training_step = watched
+
+
 def start(argv: list[str], log: Path, before=lambda: None, rank: int = 0, port: int = 0) -> int:
     """Fork a run of the script, its output appended to the log; return its process id.
 
@@ -141,16 +154,15 @@ def start(argv: list[str], log: Path, before=lambda: None, rank: int = 0, port: 
         os._exit(code)
 
 
-def wait(pid: int, seconds: float | None = None, until=None) -> int | None:
-    """Return the exit code (-signal if killed), or None once seconds have passed or until()."""
-    end = None if seconds is None else time.monotonic() + seconds
-    while True:
+def wait(pid: int, seconds: float = 600) -> int | None:
+    """Return the exit code (-signal if killed), or None once seconds have passed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if (end is not None and time.monotonic() >= end) or (until and until()):
-            return None
-        time.sleep(0.002)
+        time.sleep(0.01)
+    return None
 
 
 def losses(output_dir: Path) -> list[tuple]:
@@ -177,23 +189,24 @@ def finish(argv: list[str], output_dir: Path, reference: Path) -> list[str]:
     return differences(reference, output_dir) if code == 0 else [f"{code}: {log.read_text()}"]
 
 
-def run_kills(folder: Path, kills: int, seed: int, run_s: float) -> dict:
+def run_kills(folder: Path, kills: int, seed: int) -> dict:
     """Kill runs `kills` times at random moments, each run until it gets through; count."""
     rng, counts, problems = random.Random(seed), {"kills": 0, "in_saves": 0}, []
-    for number in range(2 * kills):
-        if counts["kills"] >= kills:
-            break
-        output_dir, code = folder / f"killed-{number}", None
-        argv = arguments(folder, output_dir)
-        while code is None or (code == -signal.SIGKILL and counts["kills"] < kills):
-            pid = start(argv, output_dir.with_suffix(".log"))
-            if (code := wait(pid, rng.uniform(0.1, 1) * run_s)) is None:
-                os.kill(pid, signal.SIGKILL)
-                code = wait(pid)
-                counts["kills"] += 1
-                counts["in_saves"] += (output_dir / ASIDE).exists()
+    alarm = lambda delay: lambda: signal.setitimer(signal.ITIMER_REAL, delay)  # noqa: E731
+    for number in range(4 * kills):
+        output_dir, code, step = folder / f"killed-{number}", None, 0
+        while counts["kills"] < kills and code != 0 and step < STEPS:
+            step, delay = rng.randint(step + 1, STEPS), rng.uniform(0.001, 0.1)
+            argv = arguments(folder, output_dir, resume=code is not None)
+            # The alarm kills as SIGKILL does: nothing is installed to catch it.
+            before = lambda step=step, delay=delay: at_step(step, alarm(delay))  # noqa: E731
+            code = wait(start(argv, output_dir.with_suffix(".log"), before))
+            counts["kills"] += code == -signal.SIGALRM
+            counts["in_saves"] += (output_dir / ASIDE).exists()
+        if code is not None:
             argv = arguments(folder, output_dir, resume=True)
-        problems += finish(argv, output_dir, folder / "reference")
+            problems += finish(argv, output_dir, folder / "reference")
+    problems += [f"only {counts['kills']} kills"] * (counts["kills"] < kills)
     return counts | {"differences": problems}
 
 
@@ -236,10 +249,10 @@ def run_resumes(folder: Path, resumes: int) -> dict:
     return {"resumed_from": sorted(steps), "differences": problems}
 
 
-def run_processes(folder: Path, output_dir: Path, pair: bool, until=None, number=0, **flags):
-    """Run one process, or a pair; return (exit codes, log). The last is sent a signal at until().
+def run_processes(folder: Path, output_dir: Path, pair: bool, number: int = 0, **flags):
+    """Run one process, or a pair; return (exit codes, log).
 
-    `flags` of the last process.
+    The last one has these flags, and sends itself this signal in its third step.
     """
     log, size = output_dir.with_suffix(".log"), ROWS_PER_STEP // (1 + pair)
     with socket.socket() as server:
@@ -248,9 +261,9 @@ def run_processes(folder: Path, output_dir: Path, pair: bool, until=None, number
     shared = {"per_device_train_batch_size": size, "resume": flags.pop("resume", False)}
     argvs = [arguments(folder, output_dir, **shared)] * pair
     argvs.append(arguments(folder, output_dir, **shared, **flags))
-    pids = [start(argv, log, rank=rank, port=port) for rank, argv in enumerate(argvs)]
-    if until and wait(pids[-1], until=until) is None:
-        os.kill(pids[-1], number)
+    stop = [lambda: None] * pair
+    stop.append(lambda: number and at_step(3, lambda: os.kill(os.getpid(), number)))
+    pids = [start(argv, log, stop[rank], rank, port) for rank, argv in enumerate(argvs)]
     codes = [wait(pid, 100) for pid in pids]
     for pid, code in zip(pids, codes):
         if code is None:  # it hangs
@@ -265,9 +278,7 @@ def run_signal(folder: Path, number: int, pair: bool) -> list[str]:
     output_dir, reference = folder / name, folder / ("pair" if pair else "reference")
     if not reference.exists():
         run_processes(folder, reference, pair)
-    metrics = output_dir / "metrics.jsonl"
-    begun = lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3  # noqa: E731
-    codes, text = run_processes(folder, output_dir, pair, begun, number)
+    codes, text = run_processes(folder, output_dir, pair, number)
     saved = whole_checkpoints(output_dir)
     found = [] if codes == [128 + number] * (1 + pair) else [f"exit codes {codes}: {text}"]
     found += [] if saved and f"{saved[-1].name} is saved" in text else ["says not what is saved"]
@@ -285,7 +296,7 @@ def run_signal(folder: Path, number: int, pair: bool) -> list[str]:
 def crash(folder: Path, kills: int, seed: int, every: int, resumes: int, signals: int) -> dict:
     """Run all of it in the folder; return the counts and the differences."""
     torch.set_num_threads(1)
-    sft_qwen2.quiet_libraries()
+    callbacks.quiet_libraries()
     for name in ("Trainer", "Qwen2ForCausalLM", "Qwen2Tokenizer", "pipeline"):
         getattr(transformers, name)  # loads its module, for every fork
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
@@ -296,13 +307,9 @@ def crash(folder: Path, kills: int, seed: int, every: int, resumes: int, signals
     make_data(folder / "rows.jsonl")
     assert wait(setup) == 0
     reference, log = folder / "reference", folder / "reference.log"
-    for _ in range(2):  # the second one finds the rows encoded
-        shutil.rmtree(reference, ignore_errors=True)
-        began = time.monotonic()
-        assert wait(start(arguments(folder, reference), log)) == 0, log.read_text()
-        run_s = time.monotonic() - began
+    assert wait(start(arguments(folder, reference), log)) == 0, log.read_text()
     assert len(losses(reference)) == STEPS
-    results = [run_kills(folder, kills, seed, run_s), run_calls(folder, every)]
+    results = [run_kills(folder, kills, seed), run_calls(folder, every)]
     results.append(run_resumes(folder, resumes))
     ways = [(signal.SIGTERM, True)]
     ways += [(number, False) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)]
@@ -310,7 +317,7 @@ def crash(folder: Path, kills: int, seed: int, every: int, resumes: int, signals
     problems = [problem for way in ways for problem in run_signal(folder, *way)]
     problems += [problem for result in results for problem in result.pop("differences")]
     counts = {name: count for result in results for name, count in result.items()}
-    return {"run_s": round(run_s, 1), "signals": len(ways), **counts, "differences": problems}
+    return {"signals": len(ways), **counts, "differences": problems}
 
 
 def main() -> int:

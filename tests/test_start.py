@@ -45,6 +45,15 @@ def test_a_model_that_is_not_there(run_main, tmp_path):
         assert str(name) in message and "download" in message
 
 
+def test_no_compiler_for_the_8_bit_optimizer(run_main, tmp_path, monkeypatch):
+    """It is asked for before the model is loaded, not found missing at the first step."""
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    argv = ["data/tiny.json", "--optim", "adamw_torch_8bit", "--output_dir", tmp_path / "outputs"]
+    monkeypatch.chdir(ROOT)
+    message = assert_sentence(run_main(*argv))
+    assert "no-compiler" in message and not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize("config", [{"model_type": "llama"}, {"use_sliding_window": True}])
 def test_a_model_of_another_kind(config, run_main, tiny_model_dir, tmp_path):
     """A checkpoint that is no Qwen2 with full attention is refused before data is read."""

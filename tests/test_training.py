@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import ROOT
 
+import sft_qwen2
 from sft.encoded_rows import IGNORE_INDEX
 from sft.rows import parse_row
 from sft_qwen2 import encode, load_tokenizer
@@ -180,6 +181,84 @@ def test_schedules_without_a_warm_up_of_their_own(kind, train, untied_model_dir,
     run = train(untied_model_dir, data, tmp_path / "outputs", **flags)
     (log,) = [metrics for metrics in read_metrics(run) if "loss" in metrics]
     assert log["learning_rate"] == FLAGS["learning_rate"]
+
+
+# ---- What stops a step, and what does not ----------------------------------------------------
+SMALL = {"gradient_accumulation_steps": 2, "save_strategy": "no", "max_len": 256, "max_steps": 2}
+
+
+@pytest.fixture
+def fail_once(monkeypatch):
+    """A function: an error that the first loss of more tokens than this raises, `times` times."""
+
+    def arm(error, tokens=0, times=1):
+        forward, left = sft_qwen2.AnswerLoss.forward, [times]
+
+        def failing(self, input_ids=None, **kwargs):
+            large = kwargs.get("shift_labels") is not None and input_ids.shape[1] > tokens
+            if large and self.training and left[0]:
+                left[0] -= 1
+                raise error
+            return forward(self, input_ids, **kwargs)
+
+        monkeypatch.setattr(sft_qwen2.AnswerLoss, "forward", failing)
+
+    return arm
+
+
+def test_out_of_memory_is_a_smaller_step(train, untied_model_dir, data, tmp_path, fail_once):
+    """First layers are recomputed, then micro-batches halved: the losses are those of before."""
+    plain = train(untied_model_dir, data, tmp_path / "plain", **SMALL)
+    fail_once(torch.OutOfMemoryError("no memory"), tokens=700, times=3)
+    run = train(untied_model_dir, data, tmp_path / "small", **SMALL)
+    assert run.losses == pytest.approx(plain.losses, rel=1e-5)
+    said = re.findall(r"now (--tokens_per_forward|gradient checkpointing)", run.out)
+    assert said[0] == "gradient checkpointing" and said[-1] == "--tokens_per_forward"
+    assert run.trainer.tokens_per_forward < plain.trainer.tokens_per_forward
+
+
+def test_one_row_that_is_too_large(run_main, untied_model_dir, data, tmp_path, fail_once):
+    fail_once(torch.OutOfMemoryError("no memory"), times=99)
+    flags = {"model_name_or_path": untied_model_dir, "data_path": data, "report_to": "none"}
+    flags |= {"output_dir": tmp_path / "outputs", **SMALL}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    code, _, err = run_main(*argv)
+    assert code == 1 and "out of memory with one row of" in err and "--max_len" in err
+
+
+def test_a_step_that_fp16_skips_is_none_for_fused_adamw_either(runs):
+    """It would skip by itself, unseen by accelerate, and the schedule go on."""
+    optimizer, stepped = runs[2048].trainer.optimizer.optimizer, []
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    for parameter in runs[2048].trainer.model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    optimizer.register_step_pre_hook(lambda *_: stepped.append(True))
+    scaler.step(optimizer)
+    assert not stepped
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_reaches_no_weights(
+    bad, run_main, untied_model_dir, data, tmp_path, monkeypatch
+):
+    """It names its rows; nothing is exported."""
+    exact = sft_qwen2.numerics.cross_entropy_sum
+
+    def broken(hidden, head, targets):
+        if bad == "loss":
+            return exact(hidden, head, targets) * 0  # as of labels that are all masked
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * math.inf)
+        return exact(hidden, head, targets)
+
+    monkeypatch.setattr(sft_qwen2.numerics, "cross_entropy_sum", broken)
+    flags = {"model_name_or_path": untied_model_dir, "data_path": data, "report_to": "none"}
+    flags |= {"output_dir": tmp_path / "outputs", **SMALL}
+    code, _, err = run_main(*(word for pair in flags.items() for word in (f"--{pair[0]}", pair[1])))
+    assert code == 1 and f"step 1: its {bad}" in err and f"{data / 'train.jsonl'}:" in err
+    assert not (tmp_path / "outputs" / "model.safetensors").exists()
 
 
 # ---- The export law -----------------------------------------------------------------------------
