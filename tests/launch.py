@@ -43,23 +43,25 @@ def take_for_gpu(compute: str, shard: bool) -> None:
     choose_precision = memory_plan.choose_precision
     capability = {"bf16": (8, 0), "fp16": (7, 0), "fp32": None}[compute]
     memory_plan.choose_precision = lambda _, fp32: choose_precision(capability, fp32)
-    if not shard:
-        arguments.process_defaults = lambda use_cpu: {"use_cpu": True}
-        load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
-        sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
-        return
     create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
 
-    def create(trainer):  # accelerate would fall back to whole copies on a CPU, without a word
+    def create(trainer):  # accelerate neither shards nor scales on a CPU, and does not say so
         kinds = accelerate.state.DistributedType
-        accelerate.state.PartialState._shared_state["distributed_type"] = kinds.MULTI_GPU
+        if shard:
+            accelerate.state.PartialState._shared_state["distributed_type"] = kinds.MULTI_GPU
         create_accelerator(trainer)
-        assert trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2
+        assert not shard or (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2)
+        if compute == "fp16":
+            trainer.accelerator.native_amp = True
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
 
-    defaults = {"use_cpu": True, "ddp_backend": "gloo"}
-    defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG}
-    arguments.process_defaults = lambda use_cpu: defaults
     transformers.Trainer.create_accelerator_and_postprocess = create
+    defaults = {"use_cpu": True, "ddp_backend": "gloo"} if shard else {"use_cpu": True}
+    defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG} if shard else {}
+    arguments.process_defaults = lambda use_cpu: defaults
+    if not shard:
+        load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
+        sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
 
 
 def watch(path: Path) -> None:
