@@ -9,7 +9,8 @@ A line of data is a conversation: {"query": "...", "answer": "..."}, optionally 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
 Only the tokens of each answer and the <|im_end|> after it are trained; all others give context.
 
-One optimizer step is a set of rows. They are laid end to end, without padding, in micro-batches of
+One optimizer step is a set of rows: per_device_train_batch_size x gradient_accumulation_steps x
+processes. They are laid end to end, without padding, in micro-batches of
 at most `tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over
 the trained tokens of the step and divided by their number: how the set is cut into micro-batches
 changes memory and speed, never the result.
@@ -18,7 +19,6 @@ Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key
 size, V vocabulary.
 """
 
-import contextlib
 import io
 import itertools
 import math
@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -60,7 +60,7 @@ class ScriptArguments:
     model_name_or_path: str = HfArg(default="Qwen/Qwen2-7B-Instruct", help="Hub name or folder.")
     data_path: list[str] = field(
         default_factory=lambda: ["data/"],
-        metadata={"help": "Files, or folders with train* and, if there are any, validation*."},
+        metadata={"help": "Files, or folders with train* and validation*."},
     )
     system_prompt: str = HfArg(
         default="你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
@@ -80,7 +80,7 @@ class ScriptArguments:
         default=None, help="Stop after so many evaluations that were no better than the best."
     )
     resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
-    dry_run: bool = HfArg(default=False, help="Do everything but load the model and train.")
+    dry_run: bool = HfArg(default=False, help="Read, encode and plan; load and write nothing.")
     gpus: str | None = HfArg(default=None, help="With --dry_run: plan for 4x80, or 2x80,1x40 GiB.")
     chosen_optim: str | None = field(default=None, init=False)  # --optim, where it was given
 
@@ -106,11 +106,11 @@ TRAINING_DEFAULTS = {
 
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
 def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
-    """Return {"input_ids": [T], "labels": [T]} of each conversation. With ^ under what is trained:
+    r"""Return {"input_ids": [T], "labels": [T]} of each conversation. ^ marks what is trained:
 
-    <|im_start|>system\\nS<|im_end|>\\n<|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>
-                                                                                   ^^^^^^^^^^^
-    An assistant turn of weight 0 is context. An answer is encoded apart from the "assistant\\n"
+    <|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>
+                                                                                           ^^^^^^^^^^^
+    An assistant turn of weight 0 is context. An answer is encoded apart from the "assistant\n"
     before it, because generation starts exactly there. Control tokens spelled in a text are encoded
     as the plain characters they are: no row can open or close a turn.
     """
@@ -208,7 +208,8 @@ def flatten(rows: list[dict]) -> dict:
     """Return a micro-batch: the {"input_ids", "labels"} of rows laid end to end.
 
     input_ids, position_ids, shift_labels [1, T]: a row's positions begin at 0, and shift_labels[t]
-    is the token that position t is to predict, or -100. cu_seq_lens [rows + 1]: the boundaries.
+    is the token that position t is to predict, or -100. seq_lens: each row's tokens, as a list;
+    cu_seq_lens [rows + 1]: the boundaries between them.
     Of no rows: one untrained token, for this process must run as many passes as the others.
     """
     rows = rows or [{"input_ids": [0], "labels": [IGNORE_INDEX]}]
@@ -251,7 +252,7 @@ def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=No
         return numerics.varlen_attention(
             query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]
         ), None
-    if query.is_cuda and not ampere:  # their fused kernel wants a key and a value per query head
+    if query.is_cuda and not ampere:  # whose fused kernel wants a key and value per query head
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     options = {"is_causal": True, "scale": kwargs["scaling"], "enable_gqa": True}
@@ -310,7 +311,7 @@ class StepTrainer:
         self.tokens_per_forward = plan.tokens_per_forward
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
         self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
-        self.step_rows = []
+        self.step_rows, self.running = [], []  # of now: the step's rows, a micro-batch's lengths
         self.since, self.num_tokens, self.flops = time.time(), 0, 0  # of the steps not yet logged
 
     def get_train_dataloader(self):
@@ -324,6 +325,7 @@ class StepTrainer:
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
+        # Of a step that fp16's scaler skips, this hook does not hear: training_step counts those.
         optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
         # Fused AdamW would skip a step on its own, and the schedule go on.
         optimizer._step_supports_amp_scaling = False
@@ -333,8 +335,7 @@ class StepTrainer:
         """Return Trainer's schedule; where it warms up, one step ahead.
 
         A warm-up begins with a rate of 0, and the rows of that step would not be trained. The last
-        step, one ahead, would have the rate of the schedule's end, 0 again: it has that of half a
-        step before.
+        step, at the schedule's end, would have 0 again: it has the rate of half a step before.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.get_warmup_steps(num_training_steps) > 0 and isinstance(scheduler, LambdaLR):
@@ -352,8 +353,8 @@ class StepTrainer:
         skipped = self.accelerator.optimizer_step_was_skipped
         self.skipped_steps = self.skipped_steps + 1 if skipped else 0
         self.step_rows = rows
-        loss_sum = self.run_smaller_until_it_fits(self.forward_backward, rows)
-        step_loss = self.accelerator.reduce(loss_sum, "mean").item()  # the same in all processes
+        local_loss = self.run_smaller_until_it_fits(self.forward_backward, rows)
+        step_loss = self.accelerator.reduce(local_loss, "mean").item()  # the same in all processes
         # Exactly 0 is what wrong labels and overflown logits look like.
         if not math.isfinite(step_loss) or step_loss == 0:
             raise self.broken_step(f"its loss is {step_loss}")
@@ -363,7 +364,7 @@ class StepTrainer:
         self.num_tokens += lengths.sum()
         num_parameters = self.model.num_parameters()
         self.flops += memory_plan.training_flops(self.model.config, num_parameters, lengths)
-        return loss_sum
+        return local_loss
 
     def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
         """Return the loss of this process's micro-batches, having added up its gradients.
@@ -371,17 +372,18 @@ class StepTrainer:
         The divisor is the trained tokens of all processes. Processes average gradients and losses,
         so each multiplies its part by their number.
         """
-        loss_sum = torch.zeros((), device=self.args.device)
+        local_loss = torch.zeros((), device=self.args.device)
+        divisor = trained_tokens / self.args.world_size
         for i, batch in enumerate(batches, 1):
+            self.running = batch["seq_lens"]
             self.choose_checkpointing(sum(batch["seq_lens"]))
-            # Processes exchange gradients once a step. FSDP each time: kept, they would be whole.
-            last = i == len(batches) or self.is_fsdp_enabled
-            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                divisor = trained_tokens / self.args.world_size
+            # At the last one; with FSDP at each, or every process would hold whole gradients.
+            exchange = self.is_fsdp_enabled or i == len(batches)
+            with nullcontext() if exchange else self.accelerator.no_sync(self.model_wrapped):
                 loss = self.model_wrapped(**batch, num_items_in_batch=divisor)["loss"]
                 self.accelerator.backward(loss)
-            loss_sum += loss.detach()
-        return loss_sum
+            local_loss += loss.detach()
+        return local_loss
 
     def choose_checkpointing(self, tokens: int) -> None:
         """Recompute layers in the backward pass only where memory asks for it."""
@@ -390,7 +392,7 @@ class StepTrainer:
                 layer.gradient_checkpointing = tokens > self.max_tokens_without_checkpointing
 
     def run_smaller_until_it_fits(self, work, rows: list[dict]):
-        """Return work(micro-batches of these rows, trained tokens); out of memory, with less."""
+        """Return work(micro-batches of these rows, trained tokens); if need be with less at once."""
         while True:
             share = (self.args.process_index, self.args.world_size)
             batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
@@ -398,16 +400,17 @@ class StepTrainer:
                 batches = [self._prepare_inputs(batch) for batch in batches]
                 return work(batches, trained_tokens)
             except torch.OutOfMemoryError:
-                self.lower_limits(max((batch["seq_lens"] for batch in batches), key=sum))
-            # Outside of "except", whose traceback holds the activations of the failed pass.
+                self.lower_limits(self.running)
+            # Outside of "except", whose traceback holds the activations of the failed pass. The
+            # gradients of passes that worked go, too: the whole step is run again.
             self.model_wrapped.zero_grad()
             torch.cuda.empty_cache()
 
     def lower_limits(self, seq_lens: list[int]) -> None:
-        """Recompute more, or if all is already, halve tokens_per_forward.
+        """Recompute more, or if it was already, halve tokens_per_forward, for the rest of the run.
 
-        `seq_lens`: of the largest micro-batch. Raises UserError where that cannot help, and for
-        several processes, of which the others would not do the same.
+        `seq_lens`: of the micro-batch that failed. Raises UserError where that cannot help, and for
+        several processes: the others would not do the same.
         """
         tokens = sum(seq_lens)
         if self.args.world_size > 1:
@@ -441,7 +444,7 @@ class StepTrainer:
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Log and return {"eval_loss"}: the mean over all answer tokens of the validation rows."""
+        """Log and return {"eval_loss"}: the mean over the trained tokens of the validation rows."""
         loss_sum, token_sum = 0.0, 0
         self.model.eval()
         first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
@@ -449,8 +452,8 @@ class StepTrainer:
         for first in tqdm.auto.tqdm(first_rows, "evaluation", leave=False, disable=quiet):
             end = min(first + self.rows_per_step, len(self.eval_dataset))
             rows = [self.eval_dataset[i] for i in range(first, end)]
-            step_loss, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
-            loss_sum, token_sum = loss_sum + step_loss, token_sum + tokens
+            part_sum, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
+            loss_sum, token_sum = loss_sum + part_sum, token_sum + tokens
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
         self.log(metrics)
@@ -465,9 +468,12 @@ class StepTrainer:
 
     def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
         """Return (loss summed over this process's trained tokens, those of all processes)."""
+        loss_sum = 0.0
         with torch.no_grad(), self.accelerator.autocast():
-            losses = [self.model(**batch)["loss"].item() for batch in batches]
-        return sum(losses), trained_tokens
+            for batch in batches:
+                self.running = batch["seq_lens"]
+                loss_sum += self.model(**batch)["loss"].item()
+        return loss_sum, trained_tokens
 
     def log(self, logs: dict, start_time=None) -> None:
         """Log as Trainer does; of steps, also the throughput and its share of the GPUs' peak."""
@@ -485,12 +491,12 @@ class StepTrainer:
 
 def trainer_arguments(script_args, training_args, precision, rows: dict):
     """Return the TrainingArguments for Trainer, for which a step is one large batch."""
-    rounded = precision.weights == torch.bfloat16  # then nothing is left for autocast
+    bf16_weights = precision.weights == torch.bfloat16  # then nothing is left for autocast
     args = replace(
         training_args,
         per_device_train_batch_size=rows_per_step(training_args) // training_args.world_size,
         gradient_accumulation_steps=1,
-        bf16=precision.compute_dtype == torch.bfloat16 and not rounded,
+        bf16=precision.compute_dtype == torch.bfloat16 and not bf16_weights,
         fp16=precision.compute_dtype == torch.float16,
         optim=precision.optim,
         eval_on_start="validation" in rows and not script_args.resume,
@@ -602,7 +608,7 @@ def run(args: ScriptArguments, training_args) -> int:
 def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: torch.dtype) -> int:
     """Train, evaluate, write the model; return the exit code."""
     output_dir, questions = Path(trainer.args.output_dir), []
-    if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # there, 1 s a token
+    if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # takes 1 s a token
         questions = answers.held_out_questions(trainer.eval_dataset)
     before = answers.answer(trainer.model, tokenizer, questions)
     if stop_signal := callbacks.train(trainer, stop, checkpoint):
@@ -625,7 +631,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args, training_args = parse_arguments(argv, ScriptArguments, TRAINING_DEFAULTS)
     rank = training_args.process_index
-    silence = contextlib.redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
+    silence = redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
     try:
         with callbacks.lasting_console(), silence:  # the first prints for all; each its own error
             code = run(args, training_args)

@@ -273,8 +273,16 @@ def write_rejected(tables: Iterable[Rows], path: Path) -> None:
             errors = {row["place"]: row["error"] for row in rows.select(rows["num_tokens"] == 0)}
             for place, row in read_again(rows) if errors else ():
                 if place in errors:
+                    row = text_of(place) if isinstance(row, str) else row  # what could not be read
                     about = {"place": place, "error": errors[place], "row": row}
                     file.write(json.dumps(about, ensure_ascii=False, default=str) + "\n")
+
+
+def text_of(place: str) -> str:
+    """Return the text of the line at "file:line"."""
+    path, _, line = place.rpartition(":")
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        return next(itertools.islice(file, int(line) - 1, None), "")
 
 
 def read_again(rows: Rows) -> Iterator:

@@ -16,7 +16,8 @@ def check_model(name_or_path: str, default: str, planned: bool):
     """
     if name_or_path == default and not planned:
         raise UserError(f"{default} needs a GPU; without one: python sft_qwen2.py data/tiny.json")
-    remedy = f"try hf download {default} --local-dir qwen2, then --model_name_or_path qwen2"
+    wanted = name_or_path if name_or_path.count("/") == 1 else default
+    remedy = f"try hf download {wanted} --local-dir qwen2, then --model_name_or_path qwen2"
     sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
     with as_user_error((OSError, ValueError), sentence):
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)

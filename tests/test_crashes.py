@@ -194,7 +194,7 @@ def test_every_argument_is_compared_or_free():
     free = {name for name in names if terms(**{name: "other"}) == terms()}
     assert free == set(filter(run_folder.FREE.fullmatch, names))
     changing = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay seed
-    data_seed num_train_epochs max_steps max_grad_norm neftune_noise_alpha ignore_data_skip fsdp
+    data_seed num_train_epochs max_steps max_grad_norm neftune_noise_alpha ignore_data_skip
     adam_beta1 adam_beta2 adam_epsilon optim_args max_len overflow_strategy system_prompt
     model_name_or_path load_best_model_at_end early_stopping_patience"""
     assert set(changing.split()) <= names - free
