@@ -28,7 +28,6 @@ import sys
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 # Gaps between blocks of memory would cost more than the margins of the plan. Torch reads it once.
@@ -392,7 +391,7 @@ class StepTrainer:
                 layer.gradient_checkpointing = tokens > self.max_tokens_without_checkpointing
 
     def run_smaller_until_it_fits(self, work, rows: list[dict]):
-        """Return work(micro-batches of these rows, trained tokens); if need be with less at once."""
+        """Return work(micro-batches of these rows, trained tokens); if need be, less at once."""
         while True:
             share = (self.args.process_index, self.args.world_size)
             batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
@@ -463,8 +462,8 @@ class StepTrainer:
 
     def is_evaluated(self) -> bool:
         """Return whether the last eval_loss in the log is that of the weights as they are."""
-        evaluated = [log["step"] for log in self.state.log_history if "eval_loss" in log]
-        return evaluated[-1:] == [self.state.global_step] and not self.args.load_best_model_at_end
+        last = max((log["step"] for log in self.state.log_history if "eval_loss" in log), default=0)
+        return last == self.state.global_step and not self.args.load_best_model_at_end
 
     def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
         """Return (loss summed over this process's trained tokens, those of all processes)."""
@@ -596,8 +595,7 @@ def run(args: ScriptArguments, training_args) -> int:
     folder = run_folder.open_run(args, training_args, terms, counts)
     with folder as checkpoint, callbacks.wandb_run(training_args):
         if args.skip_bad_rows and training_args.should_save:
-            rejected = Path(training_args.output_dir, "rejected.jsonl")
-            encoded_rows.write_rejected(tables.values(), rejected)
+            encoded_rows.write_rejected(tables.values(), training_args.output_dir)
         model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
         stop = callbacks.StopOnSignal()
         trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
@@ -607,7 +605,7 @@ def run(args: ScriptArguments, training_args) -> int:
 
 def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: torch.dtype) -> int:
     """Train, evaluate, write the model; return the exit code."""
-    output_dir, questions = Path(trainer.args.output_dir), []
+    output_dir, questions = trainer.args.output_dir, []
     if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # takes 1 s a token
         questions = answers.held_out_questions(trainer.eval_dataset)
     before = answers.answer(trainer.model, tokenizer, questions)
@@ -620,7 +618,7 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     after = answers.answer(trainer.model, tokenizer, questions)
     answers.print_answers(tokenizer, questions, before, after)
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    weights = f"{str(dtype).removeprefix('torch.')}, as in the base model's files"
+    weights = f"{str(dtype).removeprefix('torch.')}, as the base model's"
     print(f"model      {output_dir} ({weights}); to serve it: vllm serve {output_dir}")
     return 0
 

@@ -266,9 +266,9 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
     return rows.select(trained), counts
 
 
-def write_rejected(tables: Iterable[Rows], path: Path) -> None:
-    """Write each refused row to a JSONL file: where it stands, why it is refused, and its text."""
-    with open(path, "w", encoding="utf-8") as file:
+def write_rejected(tables: Iterable[Rows], output_dir: str) -> None:
+    """Write each refused row to rejected.jsonl: where it stands, why it is refused, its text."""
+    with open(Path(output_dir, "rejected.jsonl"), "w", encoding="utf-8") as file:
         for rows in tables:
             errors = {row["place"]: row["error"] for row in rows.select(rows["num_tokens"] == 0)}
             for place, row in read_again(rows) if errors else ():
