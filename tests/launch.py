@@ -1,19 +1,28 @@
 """Run the script in several processes, as torchrun starts them, but forked: imports cost once.
 
     python tests/launch.py '[{"world": 2, "argv": [...], "folder": "...", "compute": "bf16"}, ...]'
-    python tests/launch.py --kills 20                    # of runs over shards, which are resumed
 
 Jobs run one after another, each process with a log in the job's folder; prints their exit codes as
-JSON. With "compute", a number format, the script takes the CPU for a GPU of that format, and
-several processes shard the model; else they train whole copies. "free": the memory that each
-process finds, in GiB. Process R writes to seen-R, a JSON object a line, what it alone can tell:
-rows encoded, seeds of the rounding, and the number formats in which gradients are exchanged.
+JSON. In a job, all but the first three may be missing:
+    compute   a number format: the CPU is taken for a GPU of it, and several processes shard the
+              model; else each has a whole copy, in fp32
+    free      the memory that each process finds, in GiB
+    overflow  a step in which the last process alone has a gradient that is infinite
+    begin     [folder, step]: the checkpoint of another job that this one resumes
+    kills     kill the processes so many times, at random moments, and resume each time
+Process R writes to seen-R, a JSON object a line, what it alone can tell: rows encoded, seeds of the
+rounding, number formats in which gradients are exchanged.
 """
 
+import itertools
 import json
 import os
+import random
+import shutil
+import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +38,7 @@ import torch
 import transformers
 
 import sft_qwen2
-from sft import arguments, memory_plan
+from sft import arguments, memory_plan, run_folder
 
 
 def free_port() -> int:
@@ -64,6 +73,22 @@ def take_for_gpu(compute: str, shard: bool) -> None:
         sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
 
 
+def overflow(step: int) -> None:
+    """Let the last process's part of one gradient be infinite in this step."""
+    forward_backward = sft_qwen2.StepTrainer.forward_backward
+
+    def broken(trainer, batches, trained_tokens):
+        loss = forward_backward(trainer, batches, trained_tokens)
+        is_last = trainer.args.process_index == trainer.args.world_size - 1
+        if is_last and trainer.state.global_step + 1 == step:
+            grad = next(trainer.model.parameters()).grad
+            local = grad.to_local() if trainer.is_fsdp_enabled else grad
+            local[-1] = float("inf")
+        return loss
+
+    sft_qwen2.StepTrainer.forward_backward = broken
+
+
 def watch(path: Path) -> None:
     """Write to the file what a process alone can tell."""
 
@@ -79,8 +104,8 @@ def watch(path: Path) -> None:
 
     watched(sft_qwen2, "encode_batch", lambda rows, _: {"rows": len(rows)} if len(rows) > 1 else {})
     watched(torch, "manual_seed", lambda seed: {"seed": seed} if seed > 2**32 else {})
-    dtype = lambda output, input, **_: {"exchanged": str(input.dtype)}  # noqa: E731
-    watched(torch.distributed, "reduce_scatter_tensor", dtype)
+    exchange = "reduce_scatter_single"  # FSDP2's
+    watched(torch.distributed, exchange, lambda output, input, **_: {"sum": str(input.dtype)})
 
 
 def start(job: dict, rank: int, port: int) -> int:
@@ -101,6 +126,8 @@ def start(job: dict, rank: int, port: int) -> int:
         if "free" in job:
             memory = SimpleNamespace(available=job["free"][rank] * 2**30)
             psutil.virtual_memory = lambda: memory
+        if "overflow" in job:
+            overflow(job["overflow"])
         watch(Path(job["folder"], f"seen-{rank}"))
         code = sft_qwen2.main(job["argv"])
     except SystemExit as stop:
@@ -113,12 +140,47 @@ def start(job: dict, rank: int, port: int) -> int:
         os._exit(code)
 
 
-def run(job: dict) -> list[int]:
-    """Run the job's processes to their end; return their exit codes."""
-    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+def run(job: dict, kill=lambda pids: None) -> list[int]:
+    """Run the job's processes to their end; return their exit codes, below 0 if killed."""
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if "begin" in job:
+        other, name = Path(job["begin"][0], "outputs"), f"checkpoint-{job['begin'][1]}"
+        shutil.copytree(other / name, folder / "outputs" / name)
+        shutil.copy(other / "run.json", folder / "outputs")
     port = free_port()
     pids = [start(job, rank, port) for rank in range(job["world"])]
+    kill(pids)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def run_killed(job: dict) -> dict:
+    """Run the job in 0/ as it is; in 1/, 2/, ... kill and resume it, each until it is through."""
+    rng, counts, aside = random.Random(0), {"kills": 0, "in_saves": 0}, Path()
+
+    def kill(pids):
+        time.sleep(rng.uniform(0.2, 0.9) * run_s)
+        end = time.monotonic() + rng.choice([0, 1])  # every second one waits for a save
+        while time.monotonic() < end and not aside.exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        for pid in rng.sample(pids, len(pids)):  # the others outlive the first for a moment
+            os.kill(pid, signal.SIGKILL)
+            counts["in_saves"] += pid != pids[-1] and aside.exists()
+            time.sleep(rng.choice([0, 0.05, 0.5]))
+
+    for number in itertools.count():
+        folder = f"{job['folder']}/{number}"
+        each = job | {"folder": folder, "argv": [*job["argv"], "--output_dir", f"{folder}/outputs"]}
+        aside, began, codes = Path(folder, "outputs", run_folder.ASIDE), time.monotonic(), [-9]
+        while -9 in codes:
+            codes = run(each, kill if number and counts["kills"] < job["kills"] else lambda _: None)
+            counts["kills"] += -9 in codes
+            each["argv"] = [*each["argv"], "--resume", "True"]
+        run_s = time.monotonic() - began
+        assert not any(codes), Path(folder, "log-0").read_text()
+        if counts["kills"] >= job["kills"]:
+            return counts | {"runs": number}
 
 
 def load_modules() -> None:
@@ -131,7 +193,9 @@ def load_modules() -> None:
 
 def main() -> None:
     load_modules()
-    print(json.dumps([run(job) for job in json.loads(sys.argv[1])]))
+    torch.compiler.set_stance("force_eager")  # a minute less; other tests compile the optimizer
+    jobs = json.loads(sys.argv[1])
+    print(json.dumps([run_killed(job) if "kills" in job else run(job) for job in jobs]))
 
 
 if __name__ == "__main__":
