@@ -1,5 +1,6 @@
 """Several processes: the rank law, shards and their checkpoints, and the end of one process."""
 
+import itertools
 import json
 import os
 import re
@@ -115,9 +116,8 @@ def test_shards_train_in_half_precision_as_one_process_does(runs, run):
     reference = runs / f"{run[:4]}-1"
     np.testing.assert_allclose(logged(runs / run), logged(reference), rtol=0, atol=2e-3)
     np.testing.assert_allclose(logged(reference)[:3], logged(runs / "one")[:3], rtol=1e-3)
-    assert {"torch.float32"} == set(
-        sum(seen(runs / run, "sum"), [])
-    )  # gradients, between processes
+    sums = {dtype for process in seen(runs / run, "sum") for dtype in process}
+    assert sums == {"torch.float32"}  # gradients, between processes
 
 
 def test_an_overflow_in_one_shard_skips_the_step_in_all(runs):
@@ -125,7 +125,7 @@ def test_an_overflow_in_one_shard_skips_the_step_in_all(runs):
     for run in (runs / "fp16-1", runs / "fp16-2"):
         rates, norms = logged(run, "learning_rate"), logged(run, "grad_norm")
         assert [x == float("inf") for x in norms] == [s == OVERFLOW for s in range(1, STEPS + 1)]
-        assert [a == b for a, b in zip(rates, rates[1:])].index(True) == OVERFLOW - 1
+        assert [a == b for a, b in itertools.pairwise(rates)].index(True) == OVERFLOW - 1
         scaler = torch.load(run / "outputs" / f"checkpoint-{STEPS}" / "scaler.pt")
         assert scaler["scale"] == 2**15
 
