@@ -480,6 +480,9 @@ class StepTrainer:
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
             self.num_tokens, self.flops = 0, 0
+            skipped = self.state.global_step - self.lr_scheduler.last_epoch
+            if skipped and self.args.fp16:  # by the loss scaler: the schedule waits
+                logs["skipped_steps"] = skipped
         super().log(logs, start_time)
 
 
