@@ -1,7 +1,9 @@
 """Several processes: the rank law, shards and their checkpoints, and the end of one process."""
 
+import io
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -16,6 +18,9 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file
+
+from sft.rows import UserError
+from sft.shards import ContentsReader
 
 pytestmark = pytest.mark.slow
 STEPS, ROWS, OVERFLOW = 6, 8, 3  # rows of a step, in all processes, of 79 to 1462 tokens each
@@ -169,6 +174,19 @@ def test_any_number_of_processes_resumes(runs):
         assert logged(runs / run, "learning_rate") == logged(reference, "learning_rate")
         assert logged(runs / run)[:2] == logged(reference)[:2]
         np.testing.assert_allclose(logged(runs / run), logged(reference), rtol=0, atol=2e-3)
+
+
+def test_no_checkpoint_of_shards_runs_code(runs, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    for part in ("optimizer_0", "pytorch_model_fsdp_0"):
+        contents = runs / "bf16-2" / "outputs" / "checkpoint-2" / part / ".metadata"
+        assert ContentsReader(io.BytesIO(contents.read_bytes())).load()
+    with pytest.raises(UserError, match=r"would run pathlib\.Path\.touch"):
+        ContentsReader(io.BytesIO(pickle.dumps(Attack()))).load()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_killed_shards_resume_exactly(tiny_model_dir, tmp_path):
