@@ -438,14 +438,14 @@ class StepTrainer:
         rows = ", ".join(row["place"] for row in self.step_rows)
         return UserError(
             f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
-            f"weights; checkpoints are as they were, nothing is exported. Begin anew with a lower "
+            "weights; checkpoints are as they were, nothing is exported. Begin anew with a lower "
             f"--learning_rate, or mend its rows: {rows}"
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Log and return {"eval_loss"}: the mean over the trained tokens of the validation rows."""
-        loss_sum, token_sum = 0.0, 0
         self.model.eval()
+        loss_sum, token_sum = 0.0, 0
         first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         for first in tqdm.auto.tqdm(first_rows, "evaluation", leave=False, disable=quiet):
@@ -485,6 +485,8 @@ class StepTrainer:
                 gpus = range(torch.cuda.device_count())
                 logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
             self.num_tokens, self.flops = 0, 0
+            if self.args.fp16:  # those that the loss scaler skipped, and the schedule with it
+                logs["skipped_steps"] = self.state.global_step - self.lr_scheduler.last_epoch
         super().log(logs, start_time)
 
 
@@ -511,9 +513,9 @@ def trainer_arguments(script_args, training_args, precision, rows: dict):
 
 def build_trainer(model, tokenizer, script_args, training_args, rows, precision, plan, stop):
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
-    import accelerate
+    from accelerate.utils import AutocastKwargs
 
-    from sft.shards import AnyProcesses  # imported here: it takes a second
+    from sft.shards import AnyProcesses  # here, as accelerate: they take a second
 
     args = trainer_arguments(script_args, training_args, precision, rows)
     optimizer = None  # Trainer's own of this name
@@ -539,7 +541,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
         callbacks=hooks,
     )
     # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
-    trainer.accelerator.autocast_handler = accelerate.utils.AutocastKwargs(cache_enabled=False)
+    trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     return trainer
 
 
@@ -618,8 +620,7 @@ def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: to
     after = answers.answer(trainer.model, tokenizer, questions)
     answers.print_answers(tokenizer, questions, before, after)
     print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    weights = f"{str(dtype).removeprefix('torch.')}, as the base model's"
-    print(f"model      {output_dir} ({weights}); to serve it: vllm serve {output_dir}")
+    print(f"model      {output_dir} ({dtype}, as the base); to serve it: vllm serve {output_dir}")
     return 0
 
 

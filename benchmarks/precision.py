@@ -11,8 +11,7 @@ fall of the held-out loss as a share of fp32's; all are measured in fp32.
 The gradients of one step of 128 rows, as one micro-batch and as 64, are compared with those of
 plain PyTorch in fp64: bf16 weights have bf16 gradients, to which each micro-batch is added.
 
-Writes results/precision.json. Exit code 1: a default of the script makes less than 99 % of fp32's
-progress.
+Writes results/precision.json. Exit code 1: a default makes less than 99 % of fp32's progress.
 """
 
 import argparse
@@ -42,11 +41,10 @@ from sft.encoded_rows import IGNORE_INDEX  # noqa: E402
 from sft.rows import file_sha256, parse_row, read_rows  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
-LAW = 0.99
-PACKAGES = ("torch", "transformers", "torchao", "accelerate")
+LAW, PACKAGES = 0.99, ("torch", "transformers", "torchao", "accelerate")
 TOKENIZER = ROOT / "data" / "tiny-qwen2"
-LAYERS = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 512}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+SHAPE = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 512}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 MAX_LEN, EVAL_ROWS, SYSTEM = 256, 256, "Be brief."
 BASE = {"learning_rate": 1e-3, "max_steps": 90, "per_device_train_batch_size": 8}
 CONTENDERS = {  # the number format of matrix products, processes, an optimizer instead of its own
@@ -59,7 +57,7 @@ CONTENDERS = {  # the number format of matrix products, processes, an optimizer 
     "fp16, default, 2 shards": ("fp16", 2, None),
     "fp16, default, 4 shards": ("fp16", 4, None),
 }
-GRADIENTS = {  # the same, --fp32, and the number of micro-batches
+GRADIENTS = {  # number format, processes, --fp32, micro-batches
     "fp32, 64 micro-batches": ("fp32", 1, False, 64),
     "bf16, 1 micro-batch": ("bf16", 1, False, 1),
     "bf16, 64 micro-batches": ("bf16", 1, False, 64),
@@ -72,14 +70,11 @@ GRADIENTS = {  # the same, --fp32, and the number of micro-batches
 
 
 def parse_arguments() -> argparse.Namespace:
-    description, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=description, epilog=rest)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="rows to train on")
     parser.add_argument("--validation", type=Path, required=True, help="rows to measure on")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows_per_step", type=int, default=32)
-    parser.add_argument("--gradient_rows", type=int, default=128)
+    for name, default in (("steps", 60), ("rows_per_step", 32), ("gradient_rows", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -115,11 +110,11 @@ def held_out_loss(model_dir: Path, rows: list[dict]) -> float:
 
 def make_base(folder: Path, tokenizer, data: Path) -> Path:
     """Return the folder of the base model: bf16's numbers, kept as fp32; trained once."""
-    causes = repr((LAYERS, HEADS, BASE, MAX_LEN)) + file_sha256(data)
+    causes = repr((SHAPE, BASE, MAX_LEN)) + file_sha256(data)
     base = Path(tempfile.gettempdir(), f"base-{hashlib.sha256(causes.encode()).hexdigest()[:16]}")
     if not base.exists():
         torch.manual_seed(0)
-        config = transformers.Qwen2Config(vocab_size=len(tokenizer), **LAYERS, **HEADS)
+        config = transformers.Qwen2Config(vocab_size=len(tokenizer), **SHAPE)
         transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "start")
         tokenizer.save_pretrained(folder / "start")
         trained = train(folder / "base", "fp32", 1, folder / "start", data, **BASE)

@@ -1,5 +1,8 @@
 """Checkpoints that any number of processes resume: one process's are whole, many's in shards."""
 
+import io
+import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -8,11 +11,30 @@ from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from sft.rows import UserError
+
+# What the table of contents of shards, a pickle, is made of: classes that hold names and numbers.
+PARTS = re.compile(
+    r"torch\.distributed\.checkpoint\.(metadata\.(\w+Metadata|Metadata|MetadataIndex|StorageMeta"
+    r"|TensorProperties|_MEM_FORMAT_ENCODING)|filesystem\._StorageInfo)"
+    r"|torch\.(Size|b?float\d+|u?int\d+|serialization\._get_layout)|pathlib(\._local)?\.\w+Path"
+)
+
+
+class ContentsReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        """Return a class of PARTS; raises UserError for any other: no checkpoint runs code."""
+        if not PARTS.fullmatch(f"{module}.{name}"):
+            raise UserError(f"a checkpoint's .metadata would run {module}.{name}: do not resume it")
+        return super().find_class(module, name)
+
 
 class AnyProcesses:
     """Mixin for transformers.Trainer, which alone resumes whole ones whole, shards in shards."""
 
     def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
+        for contents in Path(checkpoint).glob("*/.metadata"):
+            ContentsReader(io.BytesIO(contents.read_bytes())).load()
         shards = Path(checkpoint, "pytorch_model_fsdp_0")
         if shards.exists() == self.is_fsdp_enabled:
             return super()._load_from_checkpoint(checkpoint, model)

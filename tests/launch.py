@@ -1,17 +1,15 @@
 """Run the script in several processes, as torchrun starts them, but forked: imports cost once.
 
-    python tests/launch.py '[{"world": 2, "argv": [...], "folder": "...", "compute": "bf16"}, ...]'
+    python tests/launch.py '[{"world": 2, "argv": [...], "folder": "..."}, ...]'
 
-Jobs run one after another, each process with a log in the job's folder; prints their exit codes as
-JSON. In a job, all but the first three may be missing:
+Jobs run one after another; prints their exit codes as JSON. In a job there may also be
     compute   a number format: the CPU is taken for a GPU of it, and several processes shard the
               model; else each has a whole copy, in fp32
     free      the memory that each process finds, in GiB
     overflow  a step in which the last process alone has a gradient that is infinite
-    begin     [folder, step]: the checkpoint of another job that this one resumes
+    begin     [folder, step]: the checkpoint of another job, to be resumed
     kills     kill the processes so many times, at random moments, and resume each time
-Process R writes to seen-R, a JSON object a line, what it alone can tell: rows encoded, seeds of the
-rounding, number formats in which gradients are exchanged.
+Process R writes a log-R, and to seen-R what it alone can tell, a JSON object a line.
 """
 
 import itertools
@@ -55,22 +53,20 @@ def take_for_gpu(compute: str, shard: bool) -> None:
     create_accelerator = transformers.Trainer.create_accelerator_and_postprocess
 
     def create(trainer):  # accelerate neither shards nor scales on a CPU, and does not say so
-        kinds = accelerate.state.DistributedType
         if shard:
-            accelerate.state.PartialState._shared_state["distributed_type"] = kinds.MULTI_GPU
+            state = accelerate.state.PartialState._shared_state
+            state["distributed_type"] = accelerate.state.DistributedType.MULTI_GPU
         create_accelerator(trainer)
-        assert not shard or (trainer.is_fsdp_enabled and trainer.accelerator.is_fsdp2)
+        assert trainer.is_fsdp_enabled == trainer.accelerator.is_fsdp2 == shard
         if compute == "fp16":
             trainer.accelerator.native_amp = True
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     transformers.Trainer.create_accelerator_and_postprocess = create
-    defaults = {"use_cpu": True, "ddp_backend": "gloo"} if shard else {"use_cpu": True}
-    defaults |= {"fsdp": True, "fsdp_config": arguments.FSDP_CONFIG} if shard else {}
-    arguments.process_defaults = lambda use_cpu: defaults
-    if not shard:
-        load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
-        sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
+    shards = {"ddp_backend": "gloo", "fsdp": True, "fsdp_config": arguments.FSDP_CONFIG}
+    arguments.process_defaults = lambda _: {"use_cpu": True, **(shards if shard else {})}
+    load_model = sft_qwen2.load_model  # the plan's device map is of GPUs
+    sft_qwen2.load_model = lambda name_or_path, dtype, _: load_model(name_or_path, dtype)
 
 
 def overflow(step: int) -> None:
@@ -79,18 +75,17 @@ def overflow(step: int) -> None:
 
     def broken(trainer, batches, trained_tokens):
         loss = forward_backward(trainer, batches, trained_tokens)
-        is_last = trainer.args.process_index == trainer.args.world_size - 1
-        if is_last and trainer.state.global_step + 1 == step:
+        if trainer.state.global_step + 1 == step:
             grad = next(trainer.model.parameters()).grad
-            local = grad.to_local() if trainer.is_fsdp_enabled else grad
-            local[-1] = float("inf")
+            if trainer.args.process_index == trainer.args.world_size - 1:
+                (grad.to_local() if trainer.is_fsdp_enabled else grad)[-1] = float("inf")
         return loss
 
     sft_qwen2.StepTrainer.forward_backward = broken
 
 
 def watch(path: Path) -> None:
-    """Write to the file what a process alone can tell."""
+    """Write rows encoded, seeds of the rounding, and in what gradients are summed, to the file."""
 
     def watched(module, name, tell):
         function = getattr(module, name)
@@ -104,8 +99,8 @@ def watch(path: Path) -> None:
 
     watched(sft_qwen2, "encode_batch", lambda rows, _: {"rows": len(rows)} if len(rows) > 1 else {})
     watched(torch, "manual_seed", lambda seed: {"seed": seed} if seed > 2**32 else {})
-    exchange = "reduce_scatter_single"  # FSDP2's
-    watched(torch.distributed, exchange, lambda output, input, **_: {"sum": str(input.dtype)})
+    dtype = lambda input, **_: {"sum": str(input.dtype)}  # noqa: E731
+    watched(torch.distributed, "reduce_scatter_single", dtype)  # FSDP2's
 
 
 def start(job: dict, rank: int, port: int) -> int:
@@ -156,28 +151,26 @@ def run(job: dict, kill=lambda pids: None) -> list[int]:
 
 def run_killed(job: dict) -> dict:
     """Run the job in 0/ as it is; in 1/, 2/, ... kill and resume it, each until it is through."""
-    rng, counts, aside = random.Random(0), {"kills": 0, "in_saves": 0}, Path()
+    rng, counts, aside, run_s = random.Random(0), {"kills": 0, "in_saves": 0}, Path(), 0.0
 
     def kill(pids):
-        time.sleep(rng.uniform(0.2, 0.9) * run_s)
-        end = time.monotonic() + rng.choice([0, 1])  # every second one waits for a save
-        while time.monotonic() < end and not aside.exists():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0.2, 1) * run_s)
         for pid in rng.sample(pids, len(pids)):  # the others outlive the first for a moment
             os.kill(pid, signal.SIGKILL)
-            counts["in_saves"] += pid != pids[-1] and aside.exists()
             time.sleep(rng.choice([0, 0.05, 0.5]))
+        counts["in_saves"] += aside.exists()
 
     for number in itertools.count():
         folder = f"{job['folder']}/{number}"
-        each = job | {"folder": folder, "argv": [*job["argv"], "--output_dir", f"{folder}/outputs"]}
+        argv = [*job["argv"], "--output_dir", f"{folder}/outputs"]
         aside, began, codes = Path(folder, "outputs", run_folder.ASIDE), time.monotonic(), [-9]
         while -9 in codes:
-            codes = run(each, kill if number and counts["kills"] < job["kills"] else lambda _: None)
+            more = number > 0 and counts["kills"] < job["kills"]
+            each = job | {"folder": folder, "argv": argv}
+            codes = run(each, kill if more else lambda _: None)
             counts["kills"] += -9 in codes
-            each["argv"] = [*each["argv"], "--resume", "True"]
-        run_s = time.monotonic() - began
+            argv = [*argv, "--resume", "True"]
+        run_s = time.monotonic() - began if number == 0 else run_s
         assert not any(codes), Path(folder, "log-0").read_text()
         if counts["kills"] >= job["kills"]:
             return counts | {"runs": number}
