@@ -446,11 +446,10 @@ class StepTrainer:
         """Log and return {"eval_loss"}: the mean over the trained tokens of the validation rows."""
         self.model.eval()
         loss_sum, token_sum = 0.0, 0
-        first_rows = range(0, len(self.eval_dataset), self.rows_per_step)
+        numbers, size = range(len(self.eval_dataset)), self.rows_per_step
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for first in tqdm.auto.tqdm(first_rows, "evaluation", leave=False, disable=quiet):
-            end = min(first + self.rows_per_step, len(self.eval_dataset))
-            rows = [self.eval_dataset[i] for i in range(first, end)]
+        for first in tqdm.auto.tqdm(numbers[::size], "evaluation", leave=False, disable=quiet):
+            rows = [self.eval_dataset[i] for i in numbers[first : first + size]]
             part_sum, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
             loss_sum, token_sum = loss_sum + part_sum, token_sum + tokens
         loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
