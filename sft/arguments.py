@@ -76,7 +76,7 @@ def with_optim(precision: Precision, chosen_optim: str | None) -> Precision:
         return fp32._replace(bytes_per_parameter=2 * torch.float32.itemsize + STATE_8BIT)
     if precision.weights == torch.float32:
         return fp32
-    why = f"fp32 weights: over bf16, {chosen_optim} learns about a quarter as much"
+    why = f"fp32 weights: over bf16, {chosen_optim} learns about a fifth as much"
     return fp32._replace(reason=f"{precision.reason}; {why}")
 
 
