@@ -169,7 +169,7 @@ EFFECTS = {  # what is other than in a run without them
     '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":0.5} | '
     f"--lr_scheduler_type reduce_lr_on_plateau {STEPS} 1 --lr_scheduler_kwargs "
     '{"patience":0,"threshold":10}',
-    "eval_loss": f"{STEPS} 2 | --eval_strategy epoch | {STEPS} 1 --eval_delay 3",
+    "eval_loss": f"{STEPS} 2 | {STEPS} 1 --eval_delay 3",
     "checkpoints": "--save_strategy epoch | --save_strategy steps --save_steps 1 | "
     "--save_strategy steps --save_steps 1 --save_total_limit 0",
     "": "--gradient_checkpointing False | --activation_checkpointing False | --use_cpu True | "
