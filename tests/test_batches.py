@@ -167,7 +167,7 @@ def test_the_loss_of_a_model_in_half_precision_is_exact(rows, model_dir, model):
     with torch.no_grad():
         rounded, exact = (each(**flatten(rows))["loss"] for each in (half, model))
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=5e-4, atol=0)
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="has no linear_cross_entropy to watch")
@@ -182,7 +182,7 @@ def test_under_autocast_the_head_computes_in_half_precision_too(rows, model):
     rounded.backward()
     assert {x.dtype for x in seen} == {torch.bfloat16} and rounded.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(rounded, model(**flatten(rows))["loss"], rtol=5e-4, atol=0)
+        torch.testing.assert_close(rounded, model(**flatten(rows))["loss"], rtol=1e-3, atol=0)
     assert model.lm_head.weight.grad.dtype == torch.float32
     model.zero_grad()
 
