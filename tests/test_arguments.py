@@ -144,7 +144,7 @@ def test_only_stochastic_rounding_has_bf16_weights(optim):
         assert precision.weights == torch.float32 or rounds
         size = (4 if precision.weights == torch.bfloat16 else 8) + (2 if rounds else 8)
         assert precision.bytes_per_parameter == pytest.approx(size, rel=0.02)  # blocks' scales
-        assert ("quarter" in precision.reason) == (own.weights != precision.weights)
+        assert ("fifth" in precision.reason) == (own.weights != precision.weights)
 
 
 def test_processes_share_the_model(monkeypatch, capsys):
