@@ -42,11 +42,6 @@ QWEN2_TEMPLATE = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Run what puts fake devices into PyTorch last: nothing else is to meet what it leaves."""
-    items.sort(key=lambda item: item.path.name == "test_devices.py")
-
-
 def pytest_unconfigure(config):
     shutil.rmtree(CACHE, ignore_errors=True)
 
