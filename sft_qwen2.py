@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import tqdm.auto
 import transformers
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.hf_argparser import HfArg
@@ -429,10 +428,9 @@ class StepTrainer:
     def check_gradients(self) -> None:
         """Stop before gradients that are not finite reach the weights."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not math.isfinite(norm.item()):
-            raise self.broken_step(f"its gradient norm is {norm.item()}")
+        norm = numerics.total_norm(grads)
+        if not math.isfinite(norm):
+            raise self.broken_step(f"its gradient norm is {norm}")
 
     def broken_step(self, what: str) -> UserError:
         rows = ", ".join(row["place"] for row in self.step_rows)

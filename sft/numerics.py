@@ -10,6 +10,7 @@ import sysconfig
 from random import Random
 
 import torch
+import torch.distributed.tensor
 from torch.nn.functional import cross_entropy
 
 LOSS_CHUNK = 1024  # positions whose logits exist at once
@@ -131,6 +132,14 @@ def adamw_8bit_class():
                 return super().step(closure)
 
     return ExactAdamW8bit
+
+
+def total_norm(tensors: list[torch.Tensor]) -> float:
+    """Return the norm of all values of these tensors, of whole ones where they are shards."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return (
+        norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    ).item()
 
 
 def check_compiler(device_type: str) -> str | None:

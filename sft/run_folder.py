@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch
 
 from sft.memory_plan import Precision, rows_per_step
 from sft.model_folder import write_model
+from sft.numerics import total_norm
 from sft.rows import UserError, as_user_error, say
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
@@ -228,9 +230,7 @@ class WholeCheckpoints:
 
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
-        norm = torch.nn.utils.get_total_norm([x.detach() for x in self.model.parameters()])
-        norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
-        if not torch.isfinite(norm):
+        if not math.isfinite(total_norm([x.detach() for x in self.model.parameters()])):
             raise UserError(
                 f"after step {self.state.global_step} weights are infinite or NaN: not saved, not "
                 f"exported; {saved_so_far(self.args.output_dir)}, or lower --learning_rate"
