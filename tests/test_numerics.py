@@ -228,25 +228,6 @@ def test_random_rounding_differs_by_seed_and_step_and_leaves_other_draws_alone()
         assert 0.1 < (first != other).float().mean() < 0.9
 
 
-def test_the_learning_rate_stays_on_the_host_wherever_a_state_is_moved():
-    from accelerate.optimizer import move_to_device
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):  # "cpu:1" is a device of its own there
-        parameter = torch.nn.Parameter(torch.empty(64, BLOCK, device="cpu:1"))
-        optimizer = adamw_8bit_class()([parameter], lr=1e-3, seed=0)
-        state_dict = optimizer.state_dict()
-        state_dict["param_groups"][0]["lr"] = torch.empty(())  # fake constants cannot move
-        moved = move_to_device(state_dict, torch.device("cpu:1"))
-        assert moved["param_groups"][0]["lr"].device == torch.device("cpu:1")
-        optimizer.load_state_dict(moved)  # as accelerate does when it prepares the optimizer
-        assert optimizer.param_groups[0]["lr"].device == torch.device("cpu")
-        state = {"step": torch.ones((), device="cpu:1"), "exp_avg": torch.ones(64, BLOCK)}
-        optimizer.load_state_dict({**moved, "state": {0: state}})  # as a resumed run does
-        assert optimizer.state[parameter]["step"].device == torch.device("cpu")
-        assert optimizer.state[parameter]["exp_avg"].device == torch.device("cpu:1")
-
-
 # ---- What compiling needs -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "device, variable, names", [("cuda", "CC", "gcc or clang"), ("cpu", "CXX", "g++")]
