@@ -73,7 +73,6 @@ class ScriptArguments:
     )
     skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
     fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes per parameter.")
-    device_map: str = HfArg(default="auto", help="auto: layers by memory; or transformers' own.")
     early_stopping_patience: int | None = HfArg(
         default=None, help="Stop after so many evaluations that were no better than the best."
     )
@@ -512,7 +511,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
     """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
     from accelerate.utils import AutocastKwargs
 
-    from sft.shards import AnyProcesses  # here, as accelerate: they take a second
+    from sft.shards import ShardedCheckpoints  # here, as accelerate: they take a second
 
     args = trainer_arguments(script_args, training_args, precision, rows)
     optimizer = None  # Trainer's own of this name
@@ -524,7 +523,7 @@ def build_trainer(model, tokenizer, script_args, training_args, rows, precision,
     hooks = [callbacks.MetricsLog(), stop]
     if script_args.early_stopping_patience:
         hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    bases = (StepTrainer, run_folder.WholeCheckpoints, AnyProcesses, transformers.Trainer)
+    bases = (StepTrainer, run_folder.WholeCheckpoints, ShardedCheckpoints, transformers.Trainer)
     trainer = type("SFTTrainer", bases, {})(  # here: importing Trainer takes seconds
         model,
         args,

@@ -51,6 +51,7 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 import torch
+import torch_2_11  # noqa: F401
 import transformers
 from throughput import LONG, MAX_LEN, SEED, TOLERANCE, Clock, RowSet, be_quiet, make_rows
 

@@ -27,7 +27,7 @@ COLUMNS |= {"fp16 (V100, T4), 2,048": (2048, "fp16")}
 
 def smallest_card(model: str, tokens: int, dtype: str) -> str:
     """Return the GiB that rows of so many tokens need, and the smallest card that has them."""
-    args = SimpleNamespace(tokens_per_forward=None, max_len=tokens, device_map="auto")
+    args = SimpleNamespace(tokens_per_forward=None, max_len=tokens)
     training_args = SimpleNamespace(per_device_train_batch_size=4, gradient_checkpointing=True)
     for card in CARDS[dtype]:
         capacities, capability = plan.parse_gpus(f"1x{card}:{dtype}")

@@ -120,18 +120,6 @@ def unknown_argument(argument: str, names: list[str]) -> ValueError:
     return ValueError(f"unknown argument {argument}: {hint}")
 
 
-def read_device_map(text: str) -> str | dict:
-    """Return --device_map as transformers takes it; raises ValueError."""
-    names = ("auto", "balanced", "balanced_low_0", "sequential")
-    device_map = json.loads(text) if re.fullmatch(r'{\s*".*}', text) else text
-    gpus = device_map.values() if isinstance(device_map, dict) else []
-    if device_map not in names and not (gpus and all(type(gpu) is int for gpu in gpus)):
-        raise ValueError(f'--device_map: wants {", ".join(names)}, or GPUs: {{"model": 0, ...}}')
-    if device_map != "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--device_map: is for one process; torchrun's share the model out evenly")
-    return device_map
-
-
 def read_schedule(name: str, text: str) -> dict:
     """Return --lr_scheduler_kwargs; raises ValueError where no schedule can be made of them."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -161,12 +149,11 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
             wrong = file[None] if isinstance(file, dict) else file
             raise ValueError(f"{argv[0]} {wrong if isinstance(wrong, str) else 'is a list'}")
         file = {k: v for k, v in file.items() if v is not None or defaults.get(k, k) is not None}
-        if isinstance(file.get("data_path"), str):
-            file["data_path"] = [file["data_path"]]
+        paths = file.pop("data_path", [])
+        paths = paths if isinstance(paths, list) else [paths]
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in file.items()}
-        paths = texts.pop("data_path", [])  # one, or a list
-        paths = ["--data_path", *file["data_path"]] if paths else []
-        argv = paths + [f"--{k}={text}" for k, text in texts.items()] + argv[1:]
+        flags = ["--data_path", *map(str, paths)] * bool(paths)
+        argv = flags + [f"--{k}={text}" for k, text in texts.items()] + argv[1:]
     known, unknown = parser.parse_known_args(argv)
     own = {field.name for field in dataclasses.fields(parser.dataclass_types[0])}
     if unknown:
@@ -181,7 +168,6 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
     schedule, kwargs = values["lr_scheduler_type"], values["lr_scheduler_kwargs"] or "{}"
     reporters = values["report_to"]
     values |= {
-        "device_map": read_device_map(values["device_map"]),
         "lr_scheduler_kwargs": read_schedule(schedule, kwargs),
         "report_to": json.loads(reporters) if reporters[:1] == "[" else reporters.split(","),
         "disable_tqdm": values["disable_tqdm"] or not sys.stderr.isatty(),  # it would fill a file

@@ -121,30 +121,17 @@ class StopOnSignal(transformers.TrainerCallback):
 class MetricsLog(transformers.TrainerCallback):
     """Keeps output_dir/metrics.jsonl equal to the log history, which checkpoints keep as well."""
 
-    def __init__(self):
-        self.written = 0  # entries; 0: the file is to be written anew
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.written = 0
-        self.on_log(args, state, control)
-
     def on_log(self, args, state, control, **kwargs) -> None:
-        path, new = Path(args.output_dir, "metrics.jsonl"), state.log_history[self.written :]
-        if not state.is_world_process_zero or not new:
+        if not state.is_world_process_zero or not state.log_history:
             return
-        text = "".join(json.dumps(log) + "\n" for log in new)
-        try:
-            if self.written:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(text)
-            else:
-                replace_text(path, text)
-            self.written = len(state.log_history)
-        except OSError as error:  # a full disk; the next time there may be room for all
-            self.written = 0
+        text = "".join(json.dumps(log) + "\n" for log in state.log_history)
+        try:  # the whole: a line that was torn, or had no room, is mended by the next
+            replace_text(Path(args.output_dir, "metrics.jsonl"), text)
+        except OSError as error:
             say(f"metrics.jsonl lacks step {state.global_step}: {error}", sys.stderr)
 
-    on_evaluate = on_train_end = on_log  # what a reporter that failed kept from it
+    # Also what a reporter that failed kept from it, and what a killed run had written beyond.
+    on_train_begin = on_evaluate = on_train_end = on_log
 
 
 def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:

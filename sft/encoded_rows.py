@@ -267,26 +267,12 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
 
 
 def write_rejected(tables: Iterable[Rows], output_dir: str) -> None:
-    """Write each refused row to rejected.jsonl: where it stands, why it is refused, its text."""
+    """Write a line for each refused row to rejected.jsonl: where it stands, and why."""
     with open(Path(output_dir, "rejected.jsonl"), "w", encoding="utf-8") as file:
         for rows in tables:
-            errors = {row["place"]: row["error"] for row in rows.select(rows["num_tokens"] == 0)}
-            for place, row in read_again(rows) if errors else ():
-                if place in errors:
-                    row = text_of(place) if isinstance(row, str) else row  # what could not be read
-                    about = {"place": place, "error": errors[place], "row": row}
-                    file.write(json.dumps(about, ensure_ascii=False, default=str) + "\n")
-
-
-def text_of(place: str) -> str:
-    """Return the text of the line at "file:line"."""
-    path, _, line = place.rpartition(":")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        return next(itertools.islice(file, int(line) - 1, None), "")
-
-
-def read_again(rows: Rows) -> Iterator:
-    return ((f"{path}:{line}", row) for path in rows.paths for line, row in read_rows(path))
+            for row in rows.select(rows["num_tokens"] == 0):
+                about = {"place": row["place"], "error": row["error"]}
+                file.write(json.dumps(about, ensure_ascii=False) + "\n")
 
 
 def mark_trained_tokens(row: dict, tokenizer, color: bool) -> str:

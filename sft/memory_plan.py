@@ -269,7 +269,7 @@ def fits(job: Job, tokens: int, held: list | None = None, checkpointing: bool = 
 
 # ---- The plan -----------------------------------------------------------------------------------
 class Plan(NamedTuple):
-    device_map: dict | str | None
+    device_map: dict | None  # of one process on GPUs
     tokens_per_forward: int  # of a micro-batch, at most
     max_tokens_without_checkpointing: int  # of a micro-batch that fits without it
     held: list[list[str]]  # modules of each device
@@ -282,8 +282,6 @@ def plan_memory(job: Job, args, training_args, longest: int) -> Plan:
     asked, on_cpu = args.tokens_per_forward, job.precision.compute_dtype == torch.float32
     budget = asked or training_args.per_device_train_batch_size * args.max_len
     budget = min(budget, MAX_TOKENS_CPU) if on_cpu and not asked else budget
-    if args.device_map != "auto" and job.num_shards == 1:
-        return Plan(args.device_map, budget, 0, [], [], [])
     # With checkpointing: the largest micro-batch that fits, or the one that was asked for.
     while not asked and budget > longest and not fits(job, budget):
         budget //= 2
@@ -326,7 +324,7 @@ def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, b
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
     enough = plain >= max(plan.tokens_per_forward, longest)
     which = "nothing: memory suffices" if enough else which
-    print(f"recompute  {which}" if plan.used else "memory     not planned: the map is your own")
+    print(f"recompute  {which}")
     if in_turn:
         fewer = max(1, round(training_args.gradient_accumulation_steps / gpus))
         way = f"at once: torchrun --nproc_per_node {gpus} sft_qwen2.py"
@@ -357,7 +355,7 @@ def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, b
 def check_plan(plan: Plan, job: Job, args, training_args, longest: int) -> None:
     """Raise UserError where the plan cannot be carried out, with what would fit."""
     tokens, plain = max(plan.tokens_per_forward, longest), plan.max_tokens_without_checkpointing
-    if plan.used and tokens > plain and not fits(job, tokens, plan.held):
+    if tokens > plain and not fits(job, tokens, plan.held):
         if job.precision.compute_dtype == torch.float32:
             raise UserError("too little memory; to plan for another machine: --dry_run --gpus 4x80")
         fewer = (n for n in (tokens >> i for i in range(1, 14)) if fits(job, n))
@@ -368,7 +366,7 @@ def check_plan(plan: Plan, job: Job, args, training_args, longest: int) -> None:
         ways += ["no --fp32"] * (args.fp32 and fits(job._replace(precision=default), tokens))
         ways = "; ".join(ways) or "a smaller model"
         raise UserError(f"too little memory; what would fit: {ways}")
-    if plan.used and plain < tokens and not training_args.gradient_checkpointing:
+    if plain < tokens and not training_args.gradient_checkpointing:
         raise UserError(f"too little memory for {tokens} tokens without gradient checkpointing")
     gpus = [gpu for gpu, names in enumerate(plan.held) if names]
     if len(gpus) == 1 and gpus != [0]:  # Trainer would move all to GPU 0

@@ -1,4 +1,4 @@
-"""Loss, attention over rows, and AdamW with 8-bit state: exact, and on PyTorch 2.11 and newer.
+"""Loss, attention over rows, and AdamW with 8-bit state, all exact.
 
 Shapes: T tokens of a micro-batch, N trained tokens, H query heads, K key/value heads, D size of a
 head or of the hidden state, V vocabulary.
@@ -11,12 +11,10 @@ from random import Random
 
 import torch
 import torch.distributed.tensor
-from torch.nn.functional import cross_entropy
 
 LOSS_CHUNK = 1024  # positions whose logits exist at once
 BLOCK = 128  # values of 8-bit state that share a scale: it divides the width of every Qwen2
 LEAST_8BIT = 4096  # values: in a smaller tensor there is nothing to save
-HAS_TORCH_2_13 = torch.__version__ >= "2.13"  # linear_cross_entropy, and enable_gqa of varlen_attn
 
 
 def cross_entropy_sum(hidden, head, targets):
@@ -29,45 +27,11 @@ def cross_entropy_sum(hidden, head, targets):
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
     with torch.autocast(device, enabled=False):
-        if not HAS_TORCH_2_13:
-            return ChunkedCrossEntropy.apply(hidden, head, targets)
         chunks = {"batch_chunk_size": LOSS_CHUNK, "chunking_method": None, "acc_policy": "compact"}
         options = torch.nn.LinearCrossEntropyOptions(**chunks, acc_dtype=torch.float32)
         # Of half precision, a sum would keep 8 or 11 bits; the errors of single losses cancel out.
         each = {"reduction": "sum" if hidden.dtype == torch.float32 else "none", "options": options}
         return torch.nn.functional.linear_cross_entropy(hidden, head, targets, **each).float().sum()
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """cross_entropy_sum where PyTorch has no linear_cross_entropy."""
-
-    @staticmethod
-    def logits(rows, head):  # in fp32, not rounded to the dtype of the factors
-        if rows.is_cuda and rows.dtype != torch.float32:
-            return torch.mm(rows, head.T, out_dtype=torch.float32)
-        return rows.float() @ head.float().T
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets):
-        ctx.save_for_backward(hidden, head, targets)
-        loss = torch.zeros((), device=hidden.device)
-        for rows, wanted in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
-            loss += cross_entropy(ChunkedCrossEntropy.logits(rows, head), wanted, reduction="sum")
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, head, targets = ctx.saved_tensors
-        hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
-        chunks = (x.split(LOSS_CHUNK) for x in (hidden, targets, hidden_grad))
-        for rows, wanted, rows_grad in zip(*chunks):
-            logits = ChunkedCrossEntropy.logits(rows, head)
-            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()  # now a softmax, in place
-            logits[torch.arange(len(rows), device=rows.device), wanted] -= 1
-            logits_grad = logits.mul_(grad).to(head.dtype)  # fp16: with the loss scale in it
-            torch.mm(logits_grad, head, out=rows_grad)
-            head_grad.addmm_(logits_grad.T, rows)
-        return hidden_grad, head_grad, None
 
 
 def varlen_attention(query, key, value, seq_lens, cu_seq_lens, scale):
@@ -77,12 +41,7 @@ def varlen_attention(query, key, value, seq_lens, cu_seq_lens, scale):
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scale, "window_size": (-1, 0)}  # (-1, 0): causal
-    if HAS_TORCH_2_13:
-        options["enable_gqa"] = True
-    else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    options = {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}  # (-1, 0): causal
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds = (cu_seq_lens, cu_seq_lens, max(seq_lens), max(seq_lens))
     return varlen_attn(q, k, v, *bounds, **options)[None]

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -35,7 +34,7 @@ OWN = re.compile(
 # Arguments that may differ when a run is resumed: they change neither the rows (whose digests are
 # compared, as is the number of rows in a step) nor, beyond the rounding of sums, what is learnt.
 FREE = re.compile(
-    r"output_dir|data_path|skip_bad_rows|tokens_per_forward|device_map|resume|dry_run|gpus|optim"
+    r"output_dir|data_path|skip_bad_rows|tokens_per_forward|resume|dry_run|gpus|optim"
     r"|per_device_\w+|gradient_accumulation_steps|(gradient|activation)_checkpointing\w*|use_cpu"
     r"|logging_\w+|log_\w+|disable_tqdm|report_to|run_name|project|do_\w+|skip_memory_metrics"
     r"|save_(strategy|steps|total_limit)|ddp_\w+|fsdp\w*|local_rank|torch_empty_cache_steps"
@@ -185,12 +184,8 @@ def open_run(args, training_args, terms: dict, counts: dict):
             print(f"resume     from {checkpoint or 'the beginning: no checkpoint was saved yet'}")
         if writes:
             shutil.rmtree(output_dir / ASIDE, ignore_errors=True)  # a save that was killed
-            # Without a shell, a machine that has no git would be an error.
-            options = {"shell": True, "cwd": Path(__file__).parent, "text": True}
-            git = subprocess.run("git describe --always --dirty", capture_output=True, **options)
             versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-            about = {"terms": terms, "counts": counts, "versions": versions}
-            about |= {"settings": settings, "git": git.stdout.strip()}
+            about = {"terms": terms, "counts": counts, "versions": versions, "settings": settings}
             text = json.dumps(about, indent=2, ensure_ascii=False, default=str)
             replace_text(output_dir / "run.json", text)
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no checkpoint runs code

@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes resume: one process's are whole, many's in shards."""
+"""Checkpoints in shards, which as many processes resume, or fewer, down to one."""
 
 import io
 import pickle
@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sft.rows import UserError
 
@@ -29,48 +27,40 @@ class ContentsReader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class AnyProcesses:
-    """Mixin for transformers.Trainer, which alone resumes whole ones whole, shards in shards."""
+class ShardedCheckpoints:
+    """Mixin for transformers.Trainer, which alone resumes shards as shards, whole ones whole."""
+
+    def find_shards(self, checkpoint: str, part: str) -> Path | None:
+        """Return the shards of a part that one process is to read whole, or None.
+
+        Raises UserError where they would run code, or where whole ones are to be sharded.
+        """
+        shards = Path(checkpoint, part)
+        if shards.exists():
+            ContentsReader(io.BytesIO((shards / ".metadata").read_bytes())).load()
+        elif self.is_fsdp_enabled:
+            raise UserError(f"{checkpoint}: one process saved it; resume it without torchrun")
+        return None if self.is_fsdp_enabled or not shards.exists() else shards
 
     def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
-        for contents in Path(checkpoint).glob("*/.metadata"):
-            ContentsReader(io.BytesIO(contents.read_bytes())).load()
-        shards = Path(checkpoint, "pytorch_model_fsdp_0")
-        if shards.exists() == self.is_fsdp_enabled:
+        shards = self.find_shards(checkpoint, "pytorch_model_fsdp_0")
+        if shards is None:
             return super()._load_from_checkpoint(checkpoint, model)
         weights = state_dict.get_model_state_dict(self.model)  # its own tensors, to be filled
         if self.model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
-        if shards.exists():
-            return dcp.load({"model": weights}, checkpoint_id=shards, no_dist=True)
-        return dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(checkpoint))
+        dcp.load({"model": weights}, checkpoint_id=shards, no_dist=True)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        shards = Path(checkpoint or "", "optimizer_0")
-        if checkpoint is None or shards.exists() == self.is_fsdp_enabled:
+        shards = checkpoint and self.find_shards(checkpoint, "optimizer_0")
+        if not shards:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer, options = self.optimizer.optimizer, {"map_location": "cpu", "weights_only": True}
+        optimizer = self.optimizer.optimizer
         state = state_dict.get_optimizer_state_dict(self.model, optimizer)  # made, all zeros
-        if shards.exists():
-            dcp.load({"optimizer": state}, checkpoint_id=shards, no_dist=True)
-            state_dict.set_optimizer_state_dict(self.model, optimizer, state)
-        else:
-            fill_shards(optimizer, torch.load(f"{checkpoint}/optimizer.pt", mmap=True, **options))
-        self.lr_scheduler.load_state_dict(torch.load(f"{checkpoint}/scheduler.pt", **options))
-
-
-def fill_shards(optimizer, whole: dict) -> None:
-    """Fill the state of the optimizer's shards from that of one process."""
-    for group, old in zip(optimizer.param_groups, whole["param_groups"], strict=True):
-        for p, number in zip(group["params"], old["params"], strict=True):
-            for name, value in whole["state"][number].items():
-                mine = optimizer.state[p][name]
-                if isinstance(mine, DTensor):
-                    place = (mine.shape, mine.device_mesh, mine.placements)
-                    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(*place)
-                    mine, value = mine.to_local(), value.narrow(0, first, rows)
-                mine.copy_(value)
-        group.update({**old, "params": group["params"]})  # the learning rate
+        dcp.load({"optimizer": state}, checkpoint_id=shards, no_dist=True)
+        state_dict.set_optimizer_state_dict(self.model, optimizer, state)
+        schedule = torch.load(f"{checkpoint}/scheduler.pt", weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)

@@ -124,7 +124,7 @@ def test_wrong_arguments_are_one_line(capsys, tmp_path):
         argv = [tmp_path / "run.json"] if text.startswith("{") else text.split()
         assert word in refusal(capsys, *argv)
     numbers = [name for name in ACCEPTED if is_number(ACCEPTED[name])]
-    choices = [*FLAGS["choice"], "overflow_strategy", "lr_scheduler_type", "device_map", "fp32"]
+    choices = [*FLAGS["choice"], "overflow_strategy", "lr_scheduler_type", "fp32"]
     bad_numbers = ("nan", "inf", "-inf", "-1e-9", "1e39", "-2", "", "1,5", "one")
     cases = list(itertools.product(numbers, bad_numbers))
     cases += itertools.product(choices, ("never", "best", "None", "0.5"))
@@ -148,11 +148,10 @@ def test_only_stochastic_rounding_has_bf16_weights(optim):
 
 
 def test_processes_share_the_model(monkeypatch, capsys):
-    """torchrun's processes have FSDP2 on GPUs, DDP on CPU, and no device map of their own."""
+    """torchrun's processes have FSDP2 on GPUs, and DDP on CPU."""
     assert process_defaults(False) == {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert process_defaults(False) == {"use_cpu": True, "ddp_backend": "gloo"}
-    assert "one process" in refusal(capsys, "--device_map", "balanced")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert process_defaults(False)["fsdp"] and process_defaults(True)["use_cpu"]
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -1,7 +1,6 @@
 """Precision, placement and the dry run: what is decided before anything is loaded."""
 
 import itertools
-import json
 import random
 import re
 import shutil
@@ -252,7 +251,6 @@ TOKENS = "--tokens_per_forward"
             1,
             "memory for 8192 tokens without gradient check",
         ),
-        ("1x80 --device_map balanced", 0, "memory     not planned: the map is your own"),
         ("1x48", 1, r"needs 47.1, uses 47.1 of 46.9 [^$]*would fit: torchrun --nproc_per_node 2\n"),
         (f"4x32 {TOKENS} 65536", 1, r"what would fit: --tokens_per_forward 16384\n"),
         ("1x80 --fp32 1", 1, r"what would fit: torchrun --nproc_per_node 2; no --fp32\n"),
@@ -312,19 +310,3 @@ def test_an_epochs_cost_is_that_of_its_rows():
     attention = 12 * 28 * 3584 * (1000**2 + 3000**2)  # of each row by itself
     found = mp.training_flops(memory.make_config("7B"), 7e9, np.array([1000, 3000]))
     assert found == 6 * 7e9 * 4000 + attention
-
-
-@pytest.mark.parametrize("given", ["balanced", '{"": 0}'])
-def test_a_device_map_of_ones_own_is_passed_on(given, run_main, monkeypatch, tmp_path):
-    """On a machine too small for ours: nothing is said of devices that the map may not use."""
-
-    def from_pretrained(*args, device_map, **kwargs):
-        raise UserError(f"seen {json.dumps(device_map)}")
-
-    monkeypatch.setattr(transformers.Qwen2ForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(mp, "find_devices", lambda *args: ([1.0], None))
-    argv = ["--model_name_or_path", ROOT / "data" / "tiny-qwen2", "--output_dir", tmp_path]
-    _, out, err = run_main(*argv, "--report_to", "none", "--device_map", given)
-    assert (
-        err.replace('"balanced"', "balanced") == f"error: seen {given}\n" and "device 0" not in out
-    )
