@@ -15,67 +15,40 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HAS_TRL = importlib.util.find_spec("trl") is not None  # no requirement of the project
 
 
-@pytest.fixture(scope="module")
-def throughput():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("throughput")
-    sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def gpu_report(tmp_path_factory):
-    """What benchmarks/gpu.py says and writes on a machine without a GPU."""
-    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(tmp_path):
+    """All contenders but the compiled one, which is left to a GPU: the same work, the same loss."""
+    contenders = ["numerics", "this trainer", "TRL", "this trainer, all checkpointed"]
+    command, out = [sys.executable, BENCHMARKS / "gpu.py"], tmp_path / "gpu.json"
+    options = {"capture_output": True, "text": True}
+    done = subprocess.run([*command, "--out", out, "--contenders", *contenders], **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(out.read_text())
-
-
-def test_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(gpu_report):
-    printed, report = gpu_report
-    assert "no GPU" in printed
-    assert report["device"] is None
-    assert report["versions"]["torch"] == torch.__version__
-    names = {run["contender"] for run in report["runs"]}
-    ways = ("", ", compiled", ", all checkpointed")
-    assert {f"this trainer{way}" for way in ways} <= names
-    assert any(name.startswith("TRL") for name in names) == HAS_TRL
+    report = json.loads(out.read_text())
+    assert "no GPU" in done.stdout and report["device"] is None
+    assert {"attention, torch.float32, cpu", "model's gradients, torch.float32, cpu"} <= {
+        check["name"] for check in report["numerics"] if check["error"] <= check["limit"]
+    }
     assert HAS_TRL or any(note.startswith("TRL: skipped") for note in report["notes"])
-    for run in report["runs"]:
-        assert run["rows"] in report["rows"]
-        assert run["tokens"] > run["trained_tokens"] > 0
+    runs = report["runs"]
+    assert len(runs) == 2 * (2 + HAS_TRL)  # on short and on long rows
+    for run in runs:
+        (first, *_) = (other for other in runs if other["rows"] == run["rows"])
+        assert not run["void"] and run["tokens"] > run["trained_tokens"] == first["trained_tokens"]
+        assert run["first_step_loss"] == pytest.approx(first["first_step_loss"], rel=1e-6)
+        again = "all checkpointed" in run["contender"] or "TRL" in run["contender"]
+        assert run["layer_passes"] == 2 or not again
         assert run["planned_gib"] > 0 if "this trainer" in run["contender"] else run["padding"] >= 0
         for name in ("s_per_step", "tokens_per_s", "trained_tokens_per_s", "mfu", "peak_gib"):
             assert run[name] is None
-    assert {"attention, torch.float32, cpu", "model's gradients, torch.float32, cpu"} <= {
-        check["name"] for check in report["numerics"]
-    }
-    assert all(check["error"] <= check["limit"] for check in report["numerics"])
-
-
-def test_gpu_benchmark_shows_a_report_again(gpu_report, tmp_path):
-    printed, report = gpu_report
-    (tmp_path / "gpu.json").write_text(json.dumps(report))
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--show", tmp_path / "gpu.json"]
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
-    assert shown and shown in printed
-
-
-@pytest.mark.parametrize("rows", ["short", "long"])
-def test_gpu_benchmark_gives_all_contenders_the_same_work(gpu_report, rows):
-    runs = [run for run in gpu_report[1]["runs"] if run["rows"] == rows]
-    assert len(runs) == 3 + HAS_TRL
-    for run in runs:
-        assert not run["void"]
-        assert run["first_step_loss"] == pytest.approx(runs[0]["first_step_loss"], rel=1e-6)
-        assert run["trained_tokens"] == runs[0]["trained_tokens"]
-        repeated = "all checkpointed" in run["contender"] or "TRL" in run["contender"]
-        assert run["layer_passes"] == 2 or not repeated
+    shown = subprocess.run([*command, "--show", out], **options).stdout
+    assert shown and shown in done.stdout
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_throughput_counts_the_matrix_products_that_run(throughput, checkpointing):
+def test_throughput_counts_the_matrix_products_that_run(checkpointing, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import throughput
+
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     config = transformers.Qwen2Config(**sizes, **heads)

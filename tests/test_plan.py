@@ -100,13 +100,6 @@ def test_the_formula_is_what_a_recorded_step_shows(capability, fp32, shards, che
     assert 0.985 <= (formula - fixed) / (recorded - fixed) <= 1.05
 
 
-def test_the_update_needs_two_fp32_copies_of_the_largest_parameter():
-    for job in (make_job("1x80"), make_job("4x80", 4)):
-        held = 7_615_616_512 * job.precision.bytes_per_parameter
-        found = mp.step_memory(job, 1, place(job, 1)[0])["update"]
-        assert found == pytest.approx((held + 8 * 152064 * 3584) / job.num_shards, rel=1e-5)
-
-
 @pytest.mark.parametrize(
     "gpus, processes, needed, plain",  # GiB, and tokens without checkpointing
     [
@@ -127,20 +120,6 @@ def test_needed_and_used_are_the_least_and_the_most(gpus, processes, needed, pla
     usable = 0.95 * (free - 0.5 - 0.6 * (processes > 1))
     loads = [max(device_loads(job, n, found.held, False)) / GIB for n in (most, most + 1)]
     assert most in plain and (loads[0] <= usable or most == 0) and loads[1] > usable
-
-
-def test_the_benchmarks_allocator():
-    """Blocks of 29 GiB, in any order, fit 33 GiB again and again, and not 28."""
-    rng, sizes = random.Random(0), [(i + 1) * 7 * memory.MIB for i in range(90)]
-    for free, enough in ((33, True), (28, False)):
-        allocator = memory.ExpandableAllocator(free * GIB)
-        with nullcontext() if enough else pytest.raises(memory.OutOfMemory):
-            for _ in range(5):
-                for key, size in enumerate(rng.sample(sizes, len(sizes))):
-                    allocator.allocate(key, size)
-                for key in rng.sample(range(90), 90):
-                    allocator.release(key)
-            assert allocator.allocated == 0 and allocator.most_reserved >= sum(sizes)
 
 
 # ---- Precision ----------------------------------------------------------------------------------

@@ -27,13 +27,6 @@ def test_no_gpu_for_the_default_model(run_main):
     assert time.monotonic() - begun < 5
 
 
-def test_that_command_names_files_that_are_there():
-    """The arguments of the stand-in command exist."""
-    values = json.loads((ROOT / "data" / "tiny.json").read_text())
-    assert (ROOT / values["model_name_or_path"] / "model.safetensors").exists()
-    assert (ROOT / "data" / "train.jsonl").exists()
-
-
 def test_a_model_that_is_not_there(run_main, tmp_path):
     """A model neither here nor on the hub is one sentence that says how to get one."""
     for name in ("no-such/model", tmp_path / "missing", tmp_path):
