@@ -61,12 +61,12 @@ def repeat_keys(varlen_attn):
     return attention
 
 
-def install() -> None:
+def install(replace=setattr) -> None:
     from torch.nn.attention import varlen
 
-    torch.nn.functional.linear_cross_entropy = summed_cross_entropy
-    torch.nn.LinearCrossEntropyOptions = SimpleNamespace
-    varlen.varlen_attn = repeat_keys(varlen.varlen_attn)
+    replace(torch.nn.functional, "linear_cross_entropy", summed_cross_entropy)
+    replace(torch.nn, "LinearCrossEntropyOptions", SimpleNamespace)
+    replace(varlen, "varlen_attn", repeat_keys(varlen.varlen_attn))
 
 
 if not hasattr(torch.nn.functional, "linear_cross_entropy"):

@@ -7,7 +7,9 @@ Where there is a GPU: python -m pytest --noconftest -m gpu tests/test_numerics.p
 import io
 import json
 import os
+import sys
 import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,24 +18,27 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 import sft_qwen2
-from sft import numerics
 from sft.numerics import BLOCK, adamw_8bit_class, check_compiler, cross_entropy_sum
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import torch_2_11
 
 # torch.compile, its distributed checkpoints and FakeTensor warn of their own doings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 HALF = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # errors to allow: half of a last bit, twice
 LIMITS = {torch.float32: 1e-6, **HALF}
-WAYS = [pytest.param(True, id="library"), pytest.param(False, id="own")]
+WAYS = ["library", "2.11"]
 
 
 # ---- The loss -----------------------------------------------------------------------------------
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """The loss by PyTorch's linear_cross_entropy, and by the function that stands in for it."""
-    if request.param and not numerics.HAS_TORCH_2_13:
+    """The loss by linear_cross_entropy, and by the benchmarks' stand-in for an older PyTorch."""
+    if request.param == "2.11":
+        torch_2_11.install(monkeypatch.setattr)
+    elif torch.nn.functional.linear_cross_entropy is torch_2_11.summed_cross_entropy:
         pytest.skip("this PyTorch has no linear_cross_entropy")
-    monkeypatch.setattr(numerics, "HAS_TORCH_2_13", request.param)
 
 
 def make_inputs(dtype, easy=0.7):
@@ -107,17 +112,6 @@ def test_autocast_decides_on_the_dtype_of_the_products(way, dtype):
     half_loss, *wanted = differentiate(cross_entropy_sum, *halves, scale)
     assert loss.dtype == torch.float32 and loss == half_loss
     assert all(torch.equal(*pair) for pair in zip(found, wanted))
-
-
-@pytest.mark.skipif(not numerics.HAS_TORCH_2_13, reason="PyTorch has no linear_cross_entropy")
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_the_stand_in_equals_the_library(monkeypatch, dtype):
-    inputs, both = make_inputs(dtype)[:3], []
-    for has in (True, False):
-        monkeypatch.setattr(numerics, "HAS_TORCH_2_13", has)
-        both.append(differentiate(cross_entropy_sum, *inputs, 1.0))
-    for own, library in zip(*both):
-        assert relative(own.double(), library.double()) < LIMITS[dtype]
 
 
 # ---- AdamW with 8-bit state ---------------------------------------------------------------------
