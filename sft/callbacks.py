@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from sft.rows import as_user_error, say
-from sft.run_folder import replace_text, saved_so_far
+from sft.run_folder import saved_so_far
 
 
 # ---- The console --------------------------------------------------------------------------------
@@ -121,16 +121,24 @@ class StopOnSignal(transformers.TrainerCallback):
 class MetricsLog(transformers.TrainerCallback):
     """Keeps output_dir/metrics.jsonl equal to the log history, which checkpoints keep as well."""
 
+    def __init__(self):
+        self.written = 0  # entries; 0: the file is to be written anew
+
     def on_log(self, args, state, control, **kwargs) -> None:
-        if not state.is_world_process_zero or not state.log_history:
+        path, new = Path(args.output_dir, "metrics.jsonl"), state.log_history[self.written :]
+        if not state.is_world_process_zero or not new:
             return
-        text = "".join(json.dumps(log) + "\n" for log in state.log_history)
-        try:  # the whole: a line that was torn, or had no room, is mended by the next
-            replace_text(Path(args.output_dir, "metrics.jsonl"), text)
-        except OSError as error:
+        try:
+            if not self.written:
+                path.unlink(missing_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(log) + "\n" for log in new)
+            self.written = len(state.log_history)
+        except OSError as error:  # a full disk; the next time there may be room for all
+            self.written = 0
             say(f"metrics.jsonl lacks step {state.global_step}: {error}", sys.stderr)
 
-    # Also what a reporter that failed kept from it, and what a killed run had written beyond.
+    # At the beginning what a killed run wrote goes, and later comes what a reporter kept from it.
     on_train_begin = on_evaluate = on_train_end = on_log
 
 
