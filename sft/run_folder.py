@@ -230,7 +230,8 @@ class WholeCheckpoints:
 
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
-        if not math.isfinite(total_norm([x.detach() for x in self.model.parameters()])):
+        # After an evaluation FSDP2 has some parameters whole; state_dict() has them in shards.
+        if not math.isfinite(total_norm(list(self.model.state_dict().values()))):
             raise UserError(
                 f"after step {self.state.global_step} weights are infinite or NaN: not saved, not "
                 f"exported; {saved_so_far(self.args.output_dir)}, or lower --learning_rate"
