@@ -268,7 +268,8 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
 
 def write_rejected(tables: Iterable[Rows], output_dir: str) -> None:
     """Write each refused row to rejected.jsonl: where it stands, why it is refused, its text."""
-    with open(Path(output_dir, "rejected.jsonl"), "w", encoding="utf-8") as file:
+    path, options = Path(output_dir, "rejected.jsonl"), {"encoding": "utf-8"}
+    with open(path, "w", errors="backslashreplace", **options) as file:  # half surrogate pairs
         for rows in tables:
             errors = {row["place"]: row["error"] for row in rows.select(rows["num_tokens"] == 0)}
             for place, row in read_again(rows) if errors else ():

@@ -47,7 +47,8 @@ FREE = re.compile(
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it is the old or the new one."""
     aside = path.with_name(path.name + ".new")
-    with open(aside, "w", encoding="utf-8") as file:
+    # Bytes of names that are no UTF-8 become escapes of JSON.
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
