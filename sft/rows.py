@@ -85,6 +85,8 @@ def find_data_files(data_path: str | list[str]) -> dict[str, list[Path]]:
         if path.is_file() and path.suffix not in DATA_SUFFIXES:
             raise UserError(f"{path}: is none of {', '.join(DATA_SUFFIXES)}")
         for file in [path] if path.is_file() else sorted(path.iterdir()):
+            if (name := printable(str(file))) != str(file):
+                raise UserError(f"{name}: rename it: terminals would obey its name")
             names = (split for split, name in SPLIT_NAMES.items() if re.match(name, file.name))
             split = next(names, "train" if file == path else "other")
             readable = file.is_file() and file.suffix in DATA_SUFFIXES
