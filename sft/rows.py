@@ -146,7 +146,8 @@ def read_json(path: Path):
     elif isinstance(rows, str):
         raise ValueError(rows)
     else:
-        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield number, [row] if isinstance(row, str) else row  # a str says what is wrong
 
 
 def read_csv(path: Path):
@@ -168,6 +169,8 @@ def read_parquet(path: Path):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise ValueError("a column appears twice")
         batches = (batch.to_pylist() for batch in file.iter_batches(1000))
         yield from enumerate(itertools.chain.from_iterable(batches), 1)
 
