@@ -49,6 +49,8 @@ def as_user_error(kinds, sentence: str):
     """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{sentence}: {cause}") from error
