@@ -144,9 +144,10 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
             raise UserError(f"{output_dir} holds a model, but no checkpoint to resume from")
     if steps and check:
         check_checkpoint(last)
-        state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-        if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
-            check_checkpoint(output_dir / Path(best).name)
+        with as_user_error(Exception, f"{last}: damaged; remove it to go on from the one before"):
+            state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+            if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
+                check_checkpoint(output_dir / Path(best).name)
     return str(last) if steps else None
 
 
