@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from sft.rows import UserError, as_user_error, say
+from sft.rows import UserError, as_user_error, cause, say
 from sft.run_folder import replace_text, saved_so_far
 
 
@@ -154,11 +154,13 @@ def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except Exception as error:  # each file of a checkpoint has its own
-            if not checkpoint or trainer.step_rows or isinstance(error, torch.OutOfMemoryError):
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # each file of a checkpoint has its own
+            if not checkpoint or trainer.step_rows:
                 raise
-            why = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with bad advice
             remedy = "cannot be read; remove it to go on from the one before"
+            why = cause(error).partition(". ")[0]  # torch goes on with bad advice
             raise UserError(f"{checkpoint}: {remedy}: {why}") from error
         number = stop.agree(trainer.args)
     if number and trainer.is_world_process_zero():

@@ -52,8 +52,14 @@ def as_user_error(kinds, sentence: str):
     except UserError:
         raise
     except kinds as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{sentence}: {cause}") from error
+        raise UserError(f"{sentence}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return in one line what was the matter; of several processes, with the first that failed."""
+    failed = getattr(error, "failures", None)  # of torch.distributed.checkpoint, no Exception
+    error = next(iter(failed.values()))[0] if failed else error
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def say(text: str, file=None) -> None:

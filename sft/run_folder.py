@@ -24,7 +24,7 @@ import torch
 from sft.memory_plan import Precision, rows_per_step
 from sft.model_folder import write_model
 from sft.numerics import total_norm
-from sft.rows import UserError, as_user_error, say
+from sft.rows import UserError, as_user_error, cause, say
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 ASIDE, MANIFEST, LOCK = "unfinished-save", "manifest.json", ".sft_qwen2.lock"
@@ -244,8 +244,10 @@ class WholeCheckpoints:
         error = None
         try:
             action()
-        except Exception as caught:  # each library has its own for a full disk
-            error, name = caught, f"checkpoint-{self.state.global_step}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as caught:  # each library has its own for a full disk
+            error, name = cause(caught), f"checkpoint-{self.state.global_step}"
             say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
         failed = torch.tensor(float(error is not None), device=self.args.device)
         return bool(self.accelerator.reduce(failed) > 0)  # when all have done their part
