@@ -269,6 +269,7 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
 def write_rejected(tables: Iterable[Rows], output_dir: str) -> None:
     """Write each refused row to rejected.jsonl: where it stands, why it is refused, its text."""
     path, options = Path(output_dir, "rejected.jsonl"), {"encoding": "utf-8"}
+    path.unlink(missing_ok=True)  # it may be a link to a file of others
     with open(path, "w", errors="backslashreplace", **options) as file:  # half surrogate pairs
         for rows in tables:
             errors = {row["place"]: row["error"] for row in rows.select(rows["num_tokens"] == 0)}

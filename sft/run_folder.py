@@ -47,6 +47,7 @@ FREE = re.compile(
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it is the old or the new one."""
     aside = path.with_name(path.name + ".new")
+    aside.unlink(missing_ok=True)  # it may be a link to a file of others
     # Bytes of names that are no UTF-8 become escapes of JSON.
     with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -155,6 +156,8 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
 def lock_folder(output_dir: Path):
     """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    if (output_dir / LOCK).is_symlink():
+        raise UserError(f"{output_dir / LOCK} is a link to a file of others; remove it")
     with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
         file.seek(0)
         try:
