@@ -45,7 +45,7 @@ from sft import answers, callbacks, encoded_rows, memory_plan, model_folder, num
 from sft.arguments import parse_arguments, with_optim
 from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
 from sft.memory_plan import GIB, Plan, rows_per_step
-from sft.rows import IM_END, IM_START, UserError, find_data_files, say
+from sft.rows import IM_END, IM_START, UserError, as_user_error, find_data_files, say
 
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
 
@@ -158,7 +158,9 @@ def load_tokenizer(name_or_path: str, system_prompt: str):
 
     The trained system prompt becomes the template's default: what is trained is what is served.
     """
-    return model_folder.load_tokenizer(name_or_path, system_prompt, encode)
+    failure = f"{name_or_path}: its tokenizer is broken; fetch its files again"
+    with as_user_error(Exception, failure):
+        return model_folder.load_tokenizer(name_or_path, system_prompt, encode)
 
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------

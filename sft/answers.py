@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sft.encoded_rows import IGNORE_INDEX
-from sft.rows import IM_END, IM_START, printable
+from sft.rows import IM_END, IM_START, as_user_error, printable
 
 # Validation rows that are asked before and after training: the first with prompt and answer of at
 # most so many tokens; the first few of these are shown.
@@ -47,7 +47,9 @@ def generate(model, tokenizer, questions: list[tuple]) -> list[str]:
     limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
     # The plain most likely token: the base's own generation_config may change its chances.
     options = {**limit, "do_sample": False, "repetition_penalty": 1.0}
-    outputs = model.eval().generate(**batch, **options)
+    kinds = (TypeError, ValueError, LookupError, AttributeError)
+    with as_user_error(kinds, "the model cannot generate; see its generation_config.json"):
+        outputs = model.eval().generate(**batch, **options)
     texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]
 

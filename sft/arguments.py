@@ -97,6 +97,8 @@ def check_values(values: dict, defaults: dict, own: set[str]) -> None:
         if name not in own and name not in FLAGS["works"] | FLAGS["harmless"]:
             reason = FLAGS["refused"].get(name, "this script does not know it yet")
             raise ValueError(f"--{name}: {reason}")
+        if "\0" in str(value) or (name, value) == ("output_dir", ""):
+            raise ValueError(f"{given!r}: is empty or has a NUL")
         choices, interval = FLAGS["choice"].get(name), FLAGS["range"].get(name)
         if choices and str(value) not in choices.split():
             raise ValueError(f"{given}: must be one of {choices}")
@@ -161,7 +163,7 @@ def read_values(parser: Parser, argv: list[str]) -> dict:
     values = vars(known)
     check_values(values, defaults, own)
     gpus, counts = values["gpus"], re.findall(r"(\d+)x", values["gpus"] or "")
-    if gpus and not (re.fullmatch(GPUS, gpus) and sum(map(int, counts)) <= 256):
+    if gpus is not None and not (re.fullmatch(GPUS, gpus) and sum(map(int, counts)) <= 256):
         raise ValueError(f"--gpus {gpus}: reads NUMBERxGIB, as 4x80 or 2x80,1x40; at most 256 GPUs")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(f"DeepSpeed: {FLAGS['refused']['deepspeed']}")

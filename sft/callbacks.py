@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from sft.rows import as_user_error, say
+from sft.rows import UserError, as_user_error, cause, say
 from sft.run_folder import saved_so_far
 
 
@@ -147,7 +147,16 @@ def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     # Steps recover by themselves, as far as fewer tokens at once can help.
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
     with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # each file of a checkpoint has its own
+            if not checkpoint or trainer.step_rows:
+                raise
+            remedy = "cannot be read; remove it to go on from the one before"
+            why = cause(error).partition(". ")[0]  # torch goes on with bad advice
+            raise UserError(f"{checkpoint}: {remedy}: {why}") from error
         number = stop.agree(trainer.args)
     if number and trainer.is_world_process_zero():
         step, saved = trainer.state.global_step, saved_so_far(trainer.args.output_dir)

@@ -268,7 +268,10 @@ def fit_rows(rows: Rows, max_len: int, overflow_strategy: str, skip_bad_rows: bo
 
 def write_rejected(tables: Iterable[Rows], output_dir: str) -> None:
     """Write a line for each refused row to rejected.jsonl: where it stands, and why."""
-    with open(Path(output_dir, "rejected.jsonl"), "w", encoding="utf-8") as file:
+    path = Path(output_dir, "rejected.jsonl")
+    path.unlink(missing_ok=True)  # it may be a link to a file of others
+    # A file's name that is no UTF-8 has half surrogate pairs.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         for rows in tables:
             for row in rows.select(rows["num_tokens"] == 0):
                 about = {"place": row["place"], "error": row["error"]}

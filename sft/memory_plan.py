@@ -223,7 +223,7 @@ def training_flops(config, num_parameters: int, lengths: np.ndarray) -> float:
     and token, 12 for a layer, value of the hidden size, and pair of a row's tokens (PaLM, app. B).
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * (lengths.astype(float) ** 2)
-    return 6 * num_parameters * lengths.sum() + attention.sum()
+    return 6.0 * num_parameters * lengths.sum() + attention.sum()
 
 
 # ---- Which GPU holds what -----------------------------------------------------------------------

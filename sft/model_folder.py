@@ -19,11 +19,14 @@ def check_model(name_or_path: str, default: str, planned: bool):
     wanted = name_or_path if name_or_path.count("/") == 1 else default
     remedy = f"try hf download {wanted} --local-dir qwen2, then --model_name_or_path qwen2"
     sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
-    with as_user_error((OSError, ValueError), sentence):
+    with as_user_error(Exception, sentence):  # a broken config.json has many kinds
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type != "qwen2" or config.use_sliding_window:
         wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
         raise UserError(f"{name_or_path}: is {config.model_type!r}, not {wanted}")
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name_or_path}: config.json has no {name}; fetch its files again")
     return config
 
 
@@ -63,7 +66,7 @@ def load_weights(model_class, name_or_path: str, dtype: torch.dtype, device_map=
 
     Raises UserError where a weight is missing, unknown, or of another shape than its config says.
     """
-    with as_user_error((OSError, RuntimeError, ValueError), f"{name_or_path}: cannot be loaded"):
+    with as_user_error(Exception, f"{name_or_path}: cannot be loaded; fetch its files again"):
         model, report = model_class.from_pretrained(
             name_or_path,
             dtype=dtype,

@@ -49,9 +49,17 @@ def as_user_error(kinds, sentence: str):
     """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{sentence}: {cause}") from error
+        raise UserError(f"{sentence}: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return in one line what was the matter; of several processes, with the first that failed."""
+    failed = getattr(error, "failures", None)  # of torch.distributed.checkpoint, no Exception
+    error = next(iter(failed.values()))[0] if failed else error
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def say(text: str, file=None) -> None:
@@ -85,6 +93,8 @@ def find_data_files(data_path: str | list[str]) -> dict[str, list[Path]]:
         if path.is_file() and path.suffix not in DATA_SUFFIXES:
             raise UserError(f"{path}: is none of {', '.join(DATA_SUFFIXES)}")
         for file in [path] if path.is_file() else sorted(path.iterdir()):
+            if (name := printable(str(file))) != str(file):
+                raise UserError(f"{name}: rename it: terminals would obey its name")
             names = (split for split, name in SPLIT_NAMES.items() if re.match(name, file.name))
             split = next(names, "train" if file == path else "other")
             readable = file.is_file() and file.suffix in DATA_SUFFIXES
@@ -113,7 +123,7 @@ def read_rows(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[tu
     Raises UserError where the rest of the file cannot be read.
     """
     readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-    with as_user_error((OSError, ValueError, RuntimeError, csv.Error), f"{path}: cannot be read"):
+    with as_user_error(Exception, f"{path}: cannot be read"):  # each library has its own
         if path.suffix == ".jsonl":
             yield from read_lines(path, start, end)
         elif start == 0:
@@ -144,7 +154,8 @@ def read_json(path: Path):
     elif isinstance(rows, str):
         raise ValueError(rows)
     else:
-        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield number, [row] if isinstance(row, str) else row  # a str says what is wrong
 
 
 def read_csv(path: Path):
@@ -166,6 +177,8 @@ def read_parquet(path: Path):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise ValueError("a column appears twice")
         batches = (batch.to_pylist() for batch in file.iter_batches(1000))
         yield from enumerate(itertools.chain.from_iterable(batches), 1)
 

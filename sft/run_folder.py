@@ -23,7 +23,7 @@ import torch
 from sft.memory_plan import Precision, rows_per_step
 from sft.model_folder import write_model
 from sft.numerics import total_norm
-from sft.rows import UserError, as_user_error, say
+from sft.rows import UserError, as_user_error, cause, say
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "wandb", "torchao")
 ASIDE, MANIFEST, LOCK = "unfinished-save", "manifest.json", ".sft_qwen2.lock"
@@ -46,7 +46,9 @@ FREE = re.compile(
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it is the old or the new one."""
     aside = path.with_name(path.name + ".new")
-    with open(aside, "w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)  # it may be a link to a file of others
+    # Bytes of names that are no UTF-8 become escapes of JSON.
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -142,9 +144,10 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
             raise UserError(f"{output_dir} holds a model, but no checkpoint to resume from")
     if steps and check:
         check_checkpoint(last)
-        state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-        if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
-            check_checkpoint(output_dir / Path(best).name)
+        with as_user_error(Exception, f"{last}: damaged; remove it to go on from the one before"):
+            state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+            if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
+                check_checkpoint(output_dir / Path(best).name)
     return str(last) if steps else None
 
 
@@ -152,6 +155,8 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
 def lock_folder(output_dir: Path):
     """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    if (output_dir / LOCK).is_symlink():
+        raise UserError(f"{output_dir / LOCK} is a link to a file of others; remove it")
     with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
         file.seek(0)
         try:
@@ -225,7 +230,8 @@ class WholeCheckpoints:
 
     def check_weights(self) -> None:
         """Raise UserError where a weight is not finite: nothing of such a model is kept."""
-        if not math.isfinite(total_norm([x.detach() for x in self.model.parameters()])):
+        # After an evaluation FSDP2 has some parameters whole; state_dict() has them in shards.
+        if not math.isfinite(total_norm(list(self.model.state_dict().values()))):
             raise UserError(
                 f"after step {self.state.global_step} weights are infinite or NaN: not saved, not "
                 f"exported; {saved_so_far(self.args.output_dir)}, or lower --learning_rate"
@@ -236,8 +242,10 @@ class WholeCheckpoints:
         error = None
         try:
             action()
-        except Exception as caught:  # each library has its own for a full disk
-            error, name = caught, f"checkpoint-{self.state.global_step}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as caught:  # each library has its own for a full disk
+            error, name = cause(caught), f"checkpoint-{self.state.global_step}"
             say(f"{name} could not be saved; earlier ones are whole: {error}", sys.stderr)
         failed = torch.tensor(float(error is not None), device=self.args.device)
         return bool(self.accelerator.reduce(failed) > 0)  # when all have done their part

@@ -288,8 +288,7 @@ def test_a_checkpoint_runs_nothing_even_with_a_manifest_to_match(run, stopped, t
     last, ran = stopped.output_dir / "checkpoint-2", tmp_path / "ran"
     torch.save(Attack(ran), last / name)
     (last / run_folder.MANIFEST).write_text(json.dumps(run_folder.describe_files(last)))
-    with pytest.raises(pickle.UnpicklingError):
-        run(stopped.output_dir, resume=True)
+    check_refused(run(stopped.output_dir, resume=True), last, "remove it")
     with pytest.raises(pickle.UnpicklingError):  # as torch reads sharded checkpoints
         torch.load(last / name, weights_only=False)
     assert not ran.exists()

@@ -72,7 +72,7 @@ def runs(model_dir, untied_model_dir, tmp_path_factory) -> Path:
         job("two", 2, data_path=DATA, free=[20, 10]),  # the first: it finds nothing encoded yet
         job("one", 1),
         job("four", 4),
-        job("shards", 2, "fp32"),
+        job("shards", 2, "fp32", data_path=DATA, eval_strategy="steps", eval_steps=2),
         job("one-untied", 1, model=untied),
         job("shards-untied", 2, "fp32", model=untied),
         *(job(f"bf16-{world}", world, "bf16") for world in (1, 2, 4)),
