@@ -10,9 +10,9 @@ A line of data is a conversation: {"query": "...", "answer": "..."}, optionally 
 Only the tokens of each answer and the <|im_end|> after it are trained; all others give context.
 
 One optimizer step is a set of rows: per_device_train_batch_size x gradient_accumulation_steps x
-processes. They are laid end to end, without padding, in micro-batches of
-at most `tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over
-the trained tokens of the step and divided by their number: how the set is cut into micro-batches
+processes. They are laid end to end, without padding, in micro-batches of at most
+`tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over the
+trained tokens of the step and divided by their number: how the set is cut into micro-batches
 changes memory and speed, never the result.
 
 Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key/value heads, D head
@@ -28,6 +28,7 @@ import sys
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 # Gaps between blocks of memory would cost more than the margins of the plan. Torch reads it once.
@@ -45,7 +46,7 @@ from sft import answers, callbacks, encoded_rows, memory_plan, model_folder, num
 from sft.arguments import parse_arguments, with_optim
 from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
 from sft.memory_plan import GIB, Plan, rows_per_step
-from sft.rows import IM_END, IM_START, UserError, as_user_error, find_data_files, say
+from sft.rows import IM_END, IM_START, UserError, find_data_files, say
 
 MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
 
@@ -153,14 +154,8 @@ def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
     return encode_batch([messages], tokenizer)[0]
 
 
-def load_tokenizer(name_or_path: str, system_prompt: str):
-    """Return the tokenizer; raises UserError where its chat template renders otherwise than encode.
-
-    The trained system prompt becomes the template's default: what is trained is what is served.
-    """
-    failure = f"{name_or_path}: its tokenizer is broken; fetch its files again"
-    with as_user_error(Exception, failure):
-        return model_folder.load_tokenizer(name_or_path, system_prompt, encode)
+# With the trained system prompt as the chat template's default: what is trained is what is served.
+load_tokenizer = partial(model_folder.load_tokenizer, encode)
 
 
 # ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
@@ -588,8 +583,7 @@ def run(args: ScriptArguments, training_args) -> int:
     if args.dry_run:
         return 0
     if precision.optim == "adamw_torch_8bit":
-        if lacking := numerics.check_compiler(training_args.device.type):
-            raise UserError(lacking)
+        numerics.check_compiler(training_args.device.type)
         print("compile    the optimizer at its first step, which takes a minute the first time")
     terms = run_folder.resume_terms(args, training_args, precision, rows)
     folder = run_folder.open_run(args, training_args, terms, counts)

@@ -43,10 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def load_tokenizer(name: str, system_prompt: str):
     """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
-    remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
-    sentence = f"{name}: no tokenizer, here or on the hub; {remedy}"
-    with as_user_error((OSError, ValueError), sentence):
-        tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
+    tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
     limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
     with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -119,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
     flags, values = {k: v for k, v in vars(args).items() if k not in ("arguments", "json")}, {}
     if args.arguments:
-        with as_user_error((OSError, ValueError), f"{args.arguments}: cannot be read"):
+        with as_user_error(f"{args.arguments}: cannot be read"):
             values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
     chosen = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS | values | flags
     limit, rows, stats = read_all(chosen)

@@ -48,7 +48,7 @@ def generate(model, tokenizer, questions: list[tuple]) -> list[str]:
     # The plain most likely token: the base's own generation_config may change its chances.
     options = {**limit, "do_sample": False, "repetition_penalty": 1.0}
     kinds = (TypeError, ValueError, LookupError, AttributeError)
-    with as_user_error(kinds, "the model cannot generate; see its generation_config.json"):
+    with as_user_error("the model cannot generate; see its generation_config.json", kinds):
         outputs = model.eval().generate(**batch, **options)
     texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]

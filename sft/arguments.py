@@ -23,9 +23,8 @@ FSDP_CONFIG = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loadi
 
 def read_flags() -> dict[str, dict[str, str]]:
     """Return the tables of flags.toml, each as {name: sentence}."""
-    text = Path(__file__).with_name("flags.toml").read_text(encoding="utf-8")
-    tables = {}
-    for table, rows in tomllib.loads(text).items():
+    tables = tomllib.loads(Path(__file__).with_name("flags.toml").read_text(encoding="utf-8"))
+    for table, rows in tables.items():
         tables[table] = {name: text for text, names in rows.items() for name in names.split()}
     return tables
 
@@ -51,10 +50,8 @@ class Parser(transformers.HfArgumentParser):
 
     def format_help(self) -> str:
         """Return two lines for flags that belong together: names with defaults, and a sentence."""
-        own, theirs = map(dataclasses.fields, self.dataclass_types)
-        helps = {field.name: field.metadata["help"] for field in own if field.init}
-        theirs = {field.name for field in theirs}
-        helps |= {name: text for name, text in FLAGS["works"].items() if name in theirs}
+        own = dataclasses.fields(self.dataclass_types[0])
+        helps = {field.name: field.metadata["help"] for field in own if field.init} | FLAGS["works"]
         lines = ["python sft_qwen2.py [arguments.json] [--flag value ...]"]
         for text, names in itertools.groupby(helps, helps.get):
             defaults = {name: self.get_default(name) or "" for name in names}
@@ -71,13 +68,12 @@ def with_optim(precision: Precision, chosen_optim: str | None) -> Precision:
     """
     if chosen_optim in (None, precision.optim):
         return precision
-    fp32 = precision._replace(weights=torch.float32, optim=chosen_optim, bytes_per_parameter=16)
-    if chosen_optim == "adamw_torch_8bit":  # with --fp32, or without a GPU
-        return fp32._replace(bytes_per_parameter=2 * torch.float32.itemsize + STATE_8BIT)
-    if precision.weights == torch.float32:
-        return fp32
-    why = f"fp32 weights: over bf16, {chosen_optim} learns about a fifth as much"
-    return fp32._replace(reason=f"{precision.reason}; {why}")
+    state = STATE_8BIT if chosen_optim == "adamw_torch_8bit" else 8
+    changed = {"optim": chosen_optim, "bytes_per_parameter": 2 * torch.float32.itemsize + state}
+    if precision.weights != torch.float32:
+        why = f"fp32 weights: over bf16, {chosen_optim} learns about a fifth as much"
+        changed |= {"weights": torch.float32, "reason": f"{precision.reason}; {why}"}
+    return precision._replace(**changed)
 
 
 def is_within(value: float, interval: str) -> bool:

@@ -146,10 +146,10 @@ def train(trainer, stop: StopOnSignal, checkpoint: str | None) -> int:
     """Train to the end and return 0, or until a signal, save, and return its number."""
     # Steps recover by themselves, as far as fewer tokens at once can help.
     remedy = "use more GPUs, or leave --fp32 out, and go on with --resume"
-    with stop, as_user_error(torch.OutOfMemoryError, f"out of memory outside the model; {remedy}"):
+    with stop, as_user_error(f"out of memory outside the model; {remedy}", torch.OutOfMemoryError):
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
+        except (UserError, torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except BaseException as error:  # each file of a checkpoint has its own
             if not checkpoint or trainer.step_rows:

@@ -86,7 +86,7 @@ def encode_files(
     name = hashlib.sha256(json.dumps(causes).encode()).hexdigest()
     cache = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")), "sft_rows")
     folder, aside = cache / name, cache / f"{name}.unfinished"
-    with as_user_error(OSError, f"{cache}: encoded rows cannot be kept here; make room"):
+    with as_user_error(f"{cache}: encoded rows cannot be kept here; make room", OSError):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             table = open_cached(folder)

@@ -72,9 +72,7 @@ def check_devices(kind: str, gpus: list, arch_list: list, alone: bool, cuda: str
             remedy = "install a build with them (a V100: the one for CUDA 12.6; see README)"
             raise UserError(f"{found}, only {' '.join(arch_list)}: {remedy}")
     if alone and len(gpus) > 1:
-        raise UserError(
-            "torchrun for one of several GPUs: use --nproc_per_node gpu, or no torchrun"
-        )
+        raise UserError("torchrun for one of several GPUs: use --nproc_per_node gpu, or python")
 
 
 def check_machine(training_args, file: Path = Path("/proc/driver/nvidia/version")) -> None:

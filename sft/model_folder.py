@@ -19,7 +19,7 @@ def check_model(name_or_path: str, default: str, planned: bool):
     wanted = name_or_path if name_or_path.count("/") == 1 else default
     remedy = f"try hf download {wanted} --local-dir qwen2, then --model_name_or_path qwen2"
     sentence = f"{name_or_path}: no such model, here or on the hub; {remedy}"
-    with as_user_error(Exception, sentence):  # a broken config.json has many kinds
+    with as_user_error(sentence):
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type != "qwen2" or config.use_sliding_window:
         wanted = "a Qwen2 or Qwen2.5 model with full attention (Qwen3 and others are out of scope)"
@@ -30,14 +30,30 @@ def check_model(name_or_path: str, default: str, planned: bool):
     return config
 
 
-def load_tokenizer(name_or_path: str, system_prompt: str, encode):
+def load_tokenizer(encode, name_or_path: str, system_prompt: str):
     """Return the tokenizer, with the trained system prompt as its chat template's default.
 
     Raises UserError where the template renders a conversation differently than `encode`: the model
     would be trained on one format and served with another. Likewise where texts do not survive the
     vocabulary, or where control tokens spelled in one would close its turn.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    remedy = "hf download Qwen/Qwen2-7B-Instruct --include '*.json' --local-dir qwen2"
+    with as_user_error(f"{name_or_path}: no whole tokenizer, here or on the hub; {remedy}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=False
+        )
+        check_tokenizer(encode, tokenizer, name_or_path)
+    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
+        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
+    turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
+    tokenizer.chat_template = (
+        "{% if not messages or messages[0]['role'] != 'system' %}"
+        "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
+    )
+    return tokenizer
+
+
+def check_tokenizer(encode, tokenizer, name_or_path: str) -> None:
     texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
     probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
     ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""
@@ -51,14 +67,6 @@ def load_tokenizer(name_or_path: str, system_prompt: str, encode):
     if tokenizer.decode(ids) + "\n" != text or any(spelled.count(x) != 1 for x in controls):
         missing = "tokenizer.json or its special tokens are missing; fetch the model's files again"
         raise UserError(f"{name_or_path}: its tokenizer does not keep texts as they are: {missing}")
-    if found := [token for token in tokenizer.all_special_tokens if token in system_prompt]:
-        raise UserError(f"--system_prompt: {found[0]} is a control token; leave it out")
-    turn = "{'role': 'system', 'content': " + json.dumps(system_prompt, ensure_ascii=False) + "}"
-    tokenizer.chat_template = (
-        "{% if not messages or messages[0]['role'] != 'system' %}"
-        "{% set messages = [" + turn + "] + messages %}{% endif %}" + tokenizer.chat_template
-    )
-    return tokenizer
 
 
 def load_weights(model_class, name_or_path: str, dtype: torch.dtype, device_map=None):
@@ -66,7 +74,7 @@ def load_weights(model_class, name_or_path: str, dtype: torch.dtype, device_map=
 
     Raises UserError where a weight is missing, unknown, or of another shape than its config says.
     """
-    with as_user_error(Exception, f"{name_or_path}: cannot be loaded; fetch its files again"):
+    with as_user_error(f"{name_or_path}: cannot be loaded; fetch its files again"):
         model, report = model_class.from_pretrained(
             name_or_path,
             dtype=dtype,

@@ -12,6 +12,8 @@ from random import Random
 import torch
 import torch.distributed.tensor
 
+from sft.rows import UserError
+
 LOSS_CHUNK = 1024  # positions whose logits exist at once
 BLOCK = 128  # values of 8-bit state that share a scale: it divides the width of every Qwen2
 LEAST_8BIT = 4096  # values: in a smaller tensor there is nothing to save
@@ -96,18 +98,18 @@ def adamw_8bit_class():
 def total_norm(tensors: list[torch.Tensor]) -> float:
     """Return the norm of all values of these tensors, of whole ones where they are shards."""
     norm = torch.nn.utils.get_total_norm(tensors)
-    return (
-        norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
-    ).item()
+    is_sharded = isinstance(norm, torch.distributed.tensor.DTensor)
+    return (norm.full_tensor() if is_sharded else norm).item()
 
 
-def check_compiler(device_type: str) -> str | None:
-    """Return a sentence: what the 8-bit optimizer, compiled at its first step, lacks; or None."""
+def check_compiler(device_type: str) -> None:
+    """Raise UserError where the 8-bit optimizer could not be compiled, at its first step."""
     variable, names = ("CC", ["gcc", "clang"]) if device_type == "cuda" else ("CXX", ["g++"])
     names = [os.environ[variable]] if variable in os.environ else names
     header = sysconfig.get_path("include", "posix_prefix") + "/Python.h"
     compiler = f"{' or '.join(names)} ({variable} names another)"
     missing = [] if any(map(shutil.which, names)) else [compiler]
     missing += [] if os.path.exists(header) else [f"{header} (of python3-dev)"]
-    sentence = "the 8-bit optimizer is compiled at its first step; install what is missing: "
-    return sentence + " and ".join(missing) if missing else None
+    if missing:
+        sentence = "the 8-bit optimizer is compiled at its first step; install what is missing: "
+        raise UserError(sentence + " and ".join(missing))

@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def as_user_error(kinds, sentence: str):
+def as_user_error(sentence: str, kinds=Exception):  # of which each library has its own
     """Turn exceptions of these kinds into a UserError: the sentence, and what was the matter."""
     try:
         yield
@@ -123,7 +123,7 @@ def read_rows(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[tu
     Raises UserError where the rest of the file cannot be read.
     """
     readers = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-    with as_user_error(Exception, f"{path}: cannot be read"):  # each library has its own
+    with as_user_error(f"{path}: cannot be read"):
         if path.suffix == ".jsonl":
             yield from read_lines(path, start, end)
         elif start == 0:

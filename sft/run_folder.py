@@ -85,7 +85,7 @@ def saved_so_far(output_dir) -> str:
 def check_checkpoint(folder: Path) -> None:
     """Raise UserError unless the checkpoint's files are those that were saved."""
     remedy = f"put it back as it was, or remove {folder} to go on from the one before"
-    with as_user_error((OSError, ValueError, TypeError), f"{folder}: is not whole; {remedy}"):
+    with as_user_error(f"{folder}: is not whole; {remedy}"):
         saved = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         found = describe_files(folder)
     if wrong := sorted(x for x in saved | found if saved.get(x) != found.get(x)):
@@ -112,7 +112,7 @@ def compare_processes(settings: dict, world_size: int) -> None:
     """Raise UserError where a process was given other rows or arguments than the first."""
     every = [settings] * world_size
     if world_size > 1:
-        with as_user_error(RuntimeError, "another process ended, whose error says why"):
+        with as_user_error("another process ended, whose error says why"):
             torch.distributed.all_gather_object(every, settings)
     for rank, other in enumerate(every):
         if found := differences(every[0], other, f"in process {rank}"):
@@ -132,19 +132,17 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
     if names:
         about = f"{output_dir} holds {names[0]} and no whole run.json: it is no run's folder, or"
         about += " a damaged one; choose another --output_dir"
-        with as_user_error((OSError, ValueError, KeyError, TypeError), about):
+        with as_user_error(about):
             old = dict(json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["terms"])
         if not resume and (steps or "config.json" in names):
-            raise UserError(
-                f"{output_dir} holds a run: --resume continues it, --output_dir leaves it"
-            )
+            raise UserError(f"{output_dir} holds a run: --resume goes on, --output_dir leaves it")
         if resume and (changes := differences(old, terms, "now")):
             raise UserError(f"{output_dir} cannot be resumed on other terms: {changes}")
         if not steps and "config.json" in names:
             raise UserError(f"{output_dir} holds a model, but no checkpoint to resume from")
     if steps and check:
         check_checkpoint(last)
-        with as_user_error(Exception, f"{last}: damaged; remove it to go on from the one before"):
+        with as_user_error(f"{last}: damaged; remove it to go on from the one before"):
             state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
             if terms["load_best_model_at_end"] and (best := state["best_model_checkpoint"]):
                 check_checkpoint(output_dir / Path(best).name)
@@ -155,9 +153,8 @@ def find_checkpoint(output_dir: Path, terms: dict, resume: bool, check: bool = T
 def lock_folder(output_dir: Path):
     """Keep other runs out of output_dir; raises UserError if one is in it. A kill releases it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    if (output_dir / LOCK).is_symlink():
-        raise UserError(f"{output_dir / LOCK} is a link to a file of others; remove it")
-    with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
+    lock = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(lock, "r+", encoding="utf-8") as file:
         file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,14 +208,10 @@ class WholeCheckpoints:
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if (best / MANIFEST).exists():  # output_dir may have been moved
             self.state.best_model_checkpoint = str(best)
-        early = self.state.stateful_callbacks.get("EarlyStoppingCallback")
-        ended = self.state.global_step >= max_steps or (
-            early
-            and (
-                early["attributes"]["early_stopping_patience_counter"]
-                >= early["args"]["early_stopping_patience"]
-            )
-        )
+        ended = self.state.global_step >= max_steps
+        if early := self.state.stateful_callbacks.get("EarlyStoppingCallback"):
+            waited = early["attributes"]["early_stopping_patience_counter"]
+            ended |= waited >= early["args"]["early_stopping_patience"]
         return (epochs, 0) if ended else done
 
     def log(self, logs: dict, start_time=None) -> None:
@@ -291,7 +284,7 @@ class WholeCheckpoints:
             return
         failure = f"{output_dir}: the model is not written; make room, then --resume"
         try:
-            with as_user_error(Exception, failure):  # each library has its own for a full disk
+            with as_user_error(failure):
                 write_model(aside, model, self.processing_class, weights, dtype, end_token)
                 for name in sorted(describe_files(aside), key="config.json".__eq__):
                     os.chmod(aside / name, (aside / "config.json").stat().st_mode)
