@@ -1,5 +1,6 @@
 """Fixtures: tokenizers, models and ways to run the script. CPU only, nothing from the network."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import runs
-from runs import ROOT
 
 CACHE = tempfile.mkdtemp(prefix="sft-qwen2-tests-")
 os.environ |= runs.CPU_ONLY | {"HF_DATASETS_CACHE": CACHE, "WANDB_MODE": "disabled"}
 
 import transformers  # noqa: E402
 
+ROOT = runs.ROOT
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,49 +33,35 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir() -> Path:
-    """The repository's stand-in: its own vocabulary, tied embedding and head."""
-    return ROOT / "data" / "tiny-qwen2"
-
-
-@pytest.fixture(scope="session")
-def qwen2_tokenizer_dir(tmp_path_factory) -> Path:
+def qwen2_tokenizer():
     """Qwen2's own vocabulary, pattern, normalizer and chat template, without the hub."""
-    import importlib.util
-
     from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     package = Path(importlib.util.find_spec("dashscope").origin).parent
+    vocabulary = str(package / "resources" / "qwen.tiktoken")
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = TikTokenConverter(
-        vocab_file=str(package / "resources" / "qwen.tiktoken"),
-        pattern=QWEN2_PATTERN,
-        extra_special_tokens=special,
-    ).converted()
+    converter = TikTokenConverter(vocabulary, QWEN2_PATTERN, extra_special_tokens=special)
+    backend = converter.converted()
     backend.normalizer = normalizers.NFC()
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
     tokenizer = transformers.Qwen2Tokenizer(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=None,
-        additional_special_tokens=special[1:],
+        tokenizer_object=backend, additional_special_tokens=special[1:], **tokens
     )
     assert tokenizer.convert_tokens_to_ids(special) == [151643, 151644, 151645]
     tokenizer.chat_template = QWEN2_TEMPLATE
-    folder = tmp_path_factory.mktemp("qwen2-tokenizer")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
-def qwen2_tokenizer(qwen2_tokenizer_dir):
-    return transformers.AutoTokenizer.from_pretrained(qwen2_tokenizer_dir)
+def tiny_model_dir() -> Path:
+    """The repository's stand-in: its own vocabulary, tied embedding and head."""
+    return runs.TINY
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_model_dir):
-    return transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+def tiny_tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(runs.TINY)
 
 
 @pytest.fixture(scope="session", params=["qwen2_tokenizer", "tiny_tokenizer"])
