@@ -4,6 +4,7 @@ That it does, by the README's first command, is in test_readme.py.
 """
 
 import importlib.util
+import itertools
 import json
 import re
 
@@ -42,16 +43,16 @@ def says(text: str, value: str) -> bool:
 
 
 def tells(row: dict, item) -> bool:
-    """Whether a line of a row has all of an item, such as a land and its capital, in any language.
+    """Whether two lines of a row have all of an item, such as a land and its capital.
 
-    No fraction is a product, and "from small to large" is not about the opposites 小 and 大.
+    In any words and language; but no fraction is a product, nor are the 36 kinds of two dice, and
+    "from small to large" is not about the opposites.
     """
-    text = re.sub(r"\d+/\d+|从小到大", "", row_text(row))
-    found = (
-        all(says(line, item.en[key]) or says(line, item.zh[key]) for key in item.en)
-        for line in text.split("\n")
-    )
-    return any(found)
+    lines = re.sub(r"\d+/\d+|36 种|从小到大", "", row_text(row)).split("\n")
+    for text in map("\n".join, itertools.pairwise(filter(None, lines))):
+        if all(says(text, item.en[key]) or says(text, item.zh[key]) for key in item.en):
+            return True
+    return False
 
 
 def test_no_row_tells_what_is_asked(maker):
