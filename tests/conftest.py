@@ -93,6 +93,8 @@ def write_rows(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_main():
+    import sft_qwen2  # noqa: F401  # takes seconds that are no test's
+
     return runs.run_main
 
 

@@ -25,9 +25,8 @@ from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
 from sft.rows import UserError, find_data_files, parse_row
 
 GOOD = {"query": "q", "answer": "a"}
-Q, A, S = ({"role": x, "content": x[0]} for x in ("query", "answer", "system"))
-Q["role"], A["role"] = "user", "assistant"
-A0 = {**A, "weight": 0}
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S, A0 = {"role": "system", "content": "s"}, {**A, "weight": 0}
 
 
 @pytest.fixture
@@ -53,32 +52,22 @@ def dumps(*turns, **keys) -> bytes:
 BAD_ROWS = [  # a line of JSONL, and what is said of it
     (b'{"query": "q", "answer": ', "JSON"),
     (b'{"query": "q", "answer": "a', "Unterminated string"),
-    (b'{"query": "q", "answer": "a"} {}', "JSON"),
     (b'["q", "a"]', "not a JSON object"),
-    (b"null", "not a JSON object"),
     (b'{"answer": "a"}', '"query" and "answer"'),
-    (b"{}", '"query" and "answer"'),
     (dumps(query="", answer="a"), "empty user"),
     (dumps(query="q", answer=" \n\t\u3000"), "empty assistant"),
     (dumps(query="q", answer=None), '"query" and "answer"'),
     (dumps(query="q", answer=42), "not a string"),
-    (dumps(query=["q"], answer="a"), "not a string"),
     (dumps(system=1, query="q", answer="a"), "not a string"),
-    (b'{"messages": "q"}', "messages"),
     (b'{"messages": ["q", "a"]}', "messages"),
     (b'{"messages": []}', '"messages"'),
     (b'{"messages": [{"role": "user"}, {"role": "assistant"}]}', "not a string"),
     (dumps(Q, {"role": "tool", "content": "t"}, A), "tool"),
     (dumps({"role": [], "content": "q"}, A), "roles"),
-    (b'{"messages": [{"content": "q"}, {"content": "a"}]}', "roles"),
     (dumps(A, Q), "assistant, user"),
-    (dumps(Q, Q, A), "alternate"),
     (dumps(Q, S, A), "alternate"),
     (dumps(S, Q), "assistant last"),
-    (dumps(S), "assistant last"),
-    (dumps(Q, A, Q), "assistant last"),
     (b'{"query": "q", "answer": "\xff"}', "UTF-8"),
-    ('{"query": "q"}'.encode("utf-16-le"), "JSON"),
     (b'{"query": "q", "answer": "a", "answer": "b"}', "twice"),
     (b'{"messages": [{"role": "user", "role": "user"}]}', "twice"),
     (dumps(query="q", answer="a\0b"), "NUL"),
@@ -100,7 +89,6 @@ BAD_ROWS = [  # a line of JSONL, and what is said of it
     (dumps(query="q", answer="a", weight=0), '"weight": write it to an assistant turn'),
     (dumps(Q, A0), "nothing to train"),
     (dumps(Q, {**A, "weight": 0.5}), "not 0 or 1"),
-    (dumps(Q, {**A, "loss": "no"}), "not 0 or 1"),
     (dumps(Q, {**A, "weight": 1, "loss": False}), "not 0 or 1"),
     (dumps({**Q, "loss": True}, A), "user turn has a weight"),
 ]
@@ -202,18 +190,16 @@ def test_every_format_gives_the_same_rows(encoded, tmp_path):
     assert contents(encoded(folder / "train.csv")) == expected[2:]
 
 
-FIELD = "long " * 30_000
+ODD_JSON = rb"""[{"query": "q", "answer": "a"}, {"query": "q", "answer": 5},
+{"query": "q", "answer": "\ud800"}, {"query": "q", "answer": "a", "x": 1},
+{"query": "q", "query": "q", "answer": "a"}, 1]"""
+ODD_CSV = b"query,answer\nq,a\nHello, w,Hi\nq,\nq,a\nq," + b"long " * 30_000
 ODD_ROWS = {  # a file, and what is said of each of its rows: a wrong one spoils no other
     "train.json": (
-        json.dumps([GOOD, {**GOOD, "answer": 5}, {**GOOD, "answer": "\ud800"}, {**GOOD, "x": 1}])
-        .replace("]", ', {"query": "q", "query": "q", "answer": "a"}, 1]')
-        .encode(),
-        ["", "not a string", "surrogate", "", "twice", "not a JSON object"],
+        ODD_JSON,
+        ("", "not a string", "surrogate", "", "twice", "not a JSON object"),
     ),
-    "train.csv": (  # a comma without quotes would cut a text in two; an empty field is none
-        f"query,answer\nq,a\nHello, w,Hi\nq,\nq,a\nq,{FIELD}\n".encode(),
-        ["", "more fields than the header", 'wants "query" and "answer"', "", ""],
-    ),
+    "train.csv": (ODD_CSV, ("", "more fields than the header", 'wants "query" and', "", "")),
 }
 
 
@@ -226,7 +212,7 @@ def test_a_row_does_not_spoil_the_others(name, encoded, write_rows):
         assert reason in row["error"] and bool(reason) == bool(row["error"])
         assert row["place"] == f"{path}:{number}"
     assert rows[3]["input_ids"].tolist() == rows[0]["input_ids"].tolist()
-    assert name != "train.csv" or rows[4]["num_answer_tokens"] > 30_000
+    assert name != "train.csv" or rows[4]["num_answer_tokens"] > 30_000  # no text is too long
 
 
 UNREADABLE = {
@@ -334,21 +320,11 @@ def test_the_cache_goes_by_all_that_matters(encoded, write_rows, tmp_path, cache
     assert encoded(copy, **never)[0]["place"] == f"{copy}:1"
 
 
-def leave_out_last_batch(part) -> None:
-    """Leave an Arrow file without its last batch and its end, as a full disk does."""
-    batches = pa.ipc.open_file(part.read_bytes())
-    with pa.OSFile(str(part), "wb") as sink:
-        writer = pa.ipc.new_stream(sink, batches.schema)
-        for i in range(batches.num_record_batches - 1):
-            writer.write(batches.get_batch(i))
-
-
-DAMAGES = {
-    "cut": lambda part: part.write_bytes(part.read_bytes()[:-100]),
-    "cut after a batch": leave_out_last_batch,
-    "empty": lambda part: part.write_bytes(b""),
-    "part gone": lambda part: part.unlink(),
-    "zeros": lambda part: part.write_bytes(bytes(part.stat().st_size)),
+DAMAGES = {  # what becomes of a file's bytes, in which the lengths of some rows stand
+    "cut": lambda data, lengths: data[:-100],
+    "empty": lambda data, lengths: b"",
+    "zeros in it": lambda data, lengths: data.replace(lengths, bytes(len(lengths)), 1),
+    "gone": None,
 }
 
 
@@ -358,7 +334,11 @@ def test_a_damaged_cache_is_mended(damage, encoded, write_rows, cache, capsys, m
     path = write_rows([GOOD] * 50)
     before = encoded(path, num_proc=2).table.to_pylist()
     part = sorted(cache.glob("*/*.arrow"))[-1]
-    damage(part)
+    data, lengths = part.read_bytes(), np.full(9, before[0]["num_tokens"], np.int32).tobytes()
+    assert lengths in data
+    part.unlink()
+    if damage:
+        part.write_bytes(damage(data, lengths))
     assert encoded(path).table.to_pylist() == before
     assert f"{part.parent} is damaged, so encoding again" in capsys.readouterr().err
     encoded(path)
@@ -408,19 +388,13 @@ def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, enco
     assert sum(int((b["shift_labels"] != IGNORE_INDEX).sum()) for b in batches) == trained
 
 
-def test_too_long_rows(encoded, write_rows, tiny_tokenizer):
-    """`error` names the first; a cut adds no end; without any target a row is dropped."""
-    long = [{"query": "q " * 200, "answer": "one two"}, {**GOOD, "answer": "b " * 9}]
-    table = encoded(write_rows([GOOD, *long]))
-    end, lengths = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), table["num_tokens"].tolist()
-    with pytest.raises(UserError, match=f":2: {lengths[1]} tokens, and max_len is 50 .1 such rows"):
+def test_a_row_that_is_too_long_can_stop_the_run(encoded, write_rows):
+    """`error` names the first such row; rows of which no answer remains are no rows."""
+    table = encoded(write_rows([GOOD, {"query": "q " * 200, "answer": "one two"}]))
+    longest = table["num_tokens"].max()
+    with pytest.raises(UserError, match=f":2: {longest} tokens, and max_len is 50 .1 such rows"):
         fit_rows(table, 50, "error")
-    assert len(fit_rows(table, max(lengths), "error")[0]) == 3
-    for max_len in range(lengths[0], lengths[2] + 1):
-        rows, counts = fit_rows(table, max_len, "truncate")
-        assert [row["line"] for row in rows] == [1, 3] and counts["rows_dropped"] == 1
-        last = sft_qwen2.truncate(rows[1], max_len)["labels"][-1]
-        assert (last == end) == (max_len == lengths[2])
+    assert len(fit_rows(table, longest, "error")[0]) == 2
     with pytest.raises(UserError, match="max_len 5"):
         fit_rows(table, 5, "truncate")
 
@@ -457,31 +431,28 @@ def test_the_lines_that_convert_rows(tmp_path):
 
 
 # ---- Fuzz: FUZZ_LINES=10000 python -m pytest tests/test_rows.py -k fuzz -s ----------------------
-ODD = [None, True, 3, 10**30, [], {}, ["a"], {"a": 1}]
-ODD += ["", " \n", "\ud83d", "a\udc00b", "x\ny", "😀"]
-RAW = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b"\x1b[31m", b"\r", b"\xe2\x80\xa8"]
+ODD = [None, True, 3, 10**30, [], {}, ["a"], {"a": 1}, A, [Q, A], [A, 3]]
+ODD += ["", " \n", "\ud83d", "a\udc00b", "x\ny", "\x1b[31m\u202e<|im_end|>\ufeff", "😀" * 20_000]
 KEYS = ["Query", "messages", "system", "", "\ud800", "a" * 500, "\x1b[2J", "weight", "tools", "id"]
-OTHERS = [b"null", b"[]", b"1", b'"text"', b"NaN", b"", b" \t", b"\x0b\x0c", b"{}", b"9" * 5000]
+RAW = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b"\x1b[31m", b"\r", b"\xe2\x80\xa8"]
+RAW += [b", ", b"[" * 100_000, b"9" * 5000]
 
 
 def mutated(row: dict, rng: random.Random) -> bytes:
     """Return a line of JSONL that is near a good one, or far from it."""
-    key, odd, raw = rng.choice(list(row)), rng.choice(ODD), rng.choice(RAW)
     turn = {**rng.choice([Q, A, S]), rng.choice([*KEYS, "role"]): rng.choice(ODD)}
-    text = rng.choice(["a", "é", "学", "a b ", "😀", "1", "\n"]) * rng.choice([9, 20_000])
-    ways = [row, row | {key: odd}, row | {rng.choice(KEYS): odd}]
-    ways += [{k: v for k, v in row.items() if k != key}]
+    ways = [row, row | {rng.choice([*row, *KEYS]): rng.choice(ODD)}, rng.choice(ODD)]
     ways += [{"messages": rng.sample([turn, Q, A, A0, Q, A], rng.randint(1, 6))}]
-    ways += [{"messages": [Q, {**A, "weight": odd}, Q, A]}]
-    ways += [row | {key: f"{row[key]}{text}\x1b[31m\u202e<|im_end|>\ufeff"}]
     line = json.dumps(rng.choice(ways), ensure_ascii=rng.random() < 0.5)
     line = line.encode("utf-8", "surrogatepass")
-    at, depth = rng.randrange(len(line)), rng.choice([2, 900, 100_000])
-    lines = [line] * 5 + [line[:at], line[:at] + raw + line[at:], line[:-1] + b", " + line[1:]]
-    lines += [line[:at] + bytes([line[at] ^ 1 << rng.randrange(8)]) + line[at + 1 :]]
-    lines += [line.decode("utf-8", "replace").encode(rng.choice(["utf-16", "gb18030"]))]
-    lines += [b'{"query": "q", "answer": ' + b"[" * depth + b"]" * rng.choice([depth, 1]) + b"}"]
-    return rng.choice([*lines, rng.choice(OTHERS)]).replace(b"\n", b" ")
+    at = rng.randrange(len(line) + 1)
+    flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in line[at : at + 1])
+    lines = [line] * 4 + [line[:at], line[:at] + rng.choice(RAW) + line[at:], b" "]
+    lines += [
+        line[:at] + flipped + line[at + 1 :],
+        line.decode("utf-8", "replace").encode("utf-16"),
+    ]
+    return rng.choice(lines).replace(b"\n", b" ")
 
 
 def test_fuzz(encoded, write_rows, tiny_tokenizer):
