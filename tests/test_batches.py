@@ -1,5 +1,6 @@
 """Micro-batches: bins, flattening, and the packing law."""
 
+import itertools
 import random
 
 import numpy as np
@@ -35,17 +36,6 @@ def test_bins_hold_every_row_once_within_the_budget(multiple_of):
         assert multiple_of > 1 or len(bins) == 1 or sum(sorted(tokens)[:2]) > budget
 
 
-def test_a_micro_batch_is_its_rows_end_to_end():
-    """Positions begin anew with each row, and no row is asked to predict the next one's token."""
-    first = {"input_ids": np.array([5, 6, 7]), "labels": np.array([IGNORE_INDEX, 6, 7])}
-    second = {"input_ids": np.array([8, 9]), "labels": np.array([8, 9])}
-    batch = flatten([first, second])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch["shift_labels"].tolist() == [[6, 7, -100, 9, -100]]
-    assert batch["cu_seq_lens"].tolist() == [0, 3, 5] and batch["seq_lens"] == [3, 2]
-
-
 # ---- With rows, and a model whose head is its embedding or is not -------------------------------
 @pytest.fixture(scope="module")
 def rows(tiny_tokenizer) -> list[dict]:
@@ -75,6 +65,8 @@ def test_processes_share_the_rows_of_a_step(rows):
     found = [ids for x in batches for ids in x["input_ids"][0].split(x["seq_lens"])]
     wanted = sorted(row["input_ids"].tolist() for row in rows)
     assert sorted(ids.tolist() for ids in found if len(ids) > 1) == wanted
+    for batch in batches:
+        assert batch["cu_seq_lens"].tolist() == [0, *itertools.accumulate(batch["seq_lens"])]
 
 
 def test_a_process_without_a_row_runs_a_forward_pass_of_no_weight(rows, models):

@@ -53,18 +53,20 @@ SPELLED = {
 ALL = {**NASTY, **SPELLED}
 
 
-def answers(messages: list[dict]) -> list[str]:
-    trained = [m for m in messages if m["role"] == "assistant" and m.get("weight") != 0]
-    return [m["content"] + "<|im_end|>" for m in trained]
-
-
 def assert_labels(messages: list[dict], example: dict, tokenizer) -> None:
-    """Trained tokens are the answers of weight 1, each with its end, and nothing else."""
-    ids, labels = (np.array(example[name]) for name in ("input_ids", "labels"))
+    """Trained tokens, and those marked, are the answers of weight 1, each with its end."""
+    row = {name: np.array(ids) for name, ids in example.items()}
+    ids, labels = row["input_ids"], row["labels"]
     trained = labels != IGNORE_INDEX
     assert len(ids) == len(labels) and (labels == np.where(trained, ids, IGNORE_INDEX)).all()
     runs = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)[1::2]  # the first is context
-    assert [tokenizer.decode(run) for run in runs] == answers(messages)
+    texts = [m["content"] + "<|im_end|>" for m in messages[2::2] if m.get("weight") != 0]
+    assert [tokenizer.decode(run) for run in runs] == texts
+    text = mark_trained_tokens(row, tokenizer, color=False)
+    assert text.replace("⟦", "").replace("⟧", "") == printable(tokenizer.decode(ids))
+    assert [x.split("⟧")[0] for x in text.split("⟦")[1:]] == list(map(printable, texts))
+    green = mark_trained_tokens(row, tokenizer, color=True)
+    assert green == text.replace("⟦", "\033[32m").replace("⟧", "\033[0m")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -179,25 +181,13 @@ def test_what_is_trained_is_served(system_prompt, template, tiny_tokenizer, tmp_
     assert own.count("<|im_start|>system") == 1
 
 
-def marked(messages: list[dict], tokenizer, color: bool = False) -> str:
-    row = {name: np.array(ids) for name, ids in encode(messages, tokenizer).items()}
-    return mark_trained_tokens(row, tokenizer, color)
-
-
-@pytest.mark.parametrize("messages", ALL.values(), ids=ALL)
-def test_brackets_enclose_exactly_what_is_trained(messages, tiny_tokenizer):
-    """Without its brackets a marked row is the row's text; in them stand the trained answers."""
-    text, ids = marked(messages, tiny_tokenizer), encode(messages, tiny_tokenizer)["input_ids"]
-    assert text.replace("⟦", "").replace("⟧", "") == printable(tiny_tokenizer.decode(ids))
-    inside = [part.split("⟧")[0] for part in text.split("⟦")[1:]]
-    assert inside == list(map(printable, answers(messages)))
-    green = marked(messages, tiny_tokenizer, color=True)
-    assert green == text.replace("⟦", "\033[32m").replace("⟧", "\033[0m")
-
-
 def test_a_row_cannot_talk_to_the_terminal(tiny_tokenizer):
     """Escape sequences and what turns the writing direction are shown, not obeyed."""
-    messages = conversation("\x1b[2J\x1b]0;title\x07", "a\x9b31m\u202eb\rc\td\n")
-    text = marked(messages, tiny_tokenizer)
+    example = encode(
+        conversation("\x1b[2J\x1b]0;title\x07", "a\x9b31m\u202eb\rc\td\n"), tiny_tokenizer
+    )
+    text = mark_trained_tokens(
+        {name: np.array(ids) for name, ids in example.items()}, tiny_tokenizer, False
+    )
     assert r"\x1b[2J\x1b]0;title\x07" in text and "a\\x9b31m\\u202eb\\rc\td\n" in text
     assert all(char.isprintable() or char in "\n\t" for char in text)

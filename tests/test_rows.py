@@ -195,10 +195,7 @@ ODD_JSON = rb"""[{"query": "q", "answer": "a"}, {"query": "q", "answer": 5},
 {"query": "q", "query": "q", "answer": "a"}, 1]"""
 ODD_CSV = b"query,answer\nq,a\nHello, w,Hi\nq,\nq,a\nq," + b"long " * 30_000
 ODD_ROWS = {  # a file, and what is said of each of its rows: a wrong one spoils no other
-    "train.json": (
-        ODD_JSON,
-        ("", "not a string", "surrogate", "", "twice", "not a JSON object"),
-    ),
+    "train.json": (ODD_JSON, ("", "not a string", "surrogate", "", "twice", "not a JSON object")),
     "train.csv": (ODD_CSV, ("", "more fields than the header", 'wants "query" and', "", "")),
 }
 
@@ -287,9 +284,8 @@ def test_any_number_of_processes_gives_the_same_table(num_proc, encoded, write_r
     lines[7:9] = [b"", b'{"query": "broken'] + [b" "] * 3
     one, two = write_rows(b"\r\n".join(lines)), write_rows(b"query,answer\nq,a\nq,b\n", "train.csv")
     expected = encoded([one, two, one], num_proc=1)
-    assert contents(expected) == [
-        row for file in (one, two, one) for row in contents(encoded(file))
-    ]
+    alone = map(contents, map(encoded, (one, two, one)))
+    assert contents(expected) == [*itertools.chain.from_iterable(alone)]
     cache.rename(cache.with_name("before"))
     rows = encoded([one, two, one], num_proc=num_proc)
     assert rows.table.equals(expected.table) and len(list(cache.glob("*/*.arrow"))) == num_proc
@@ -431,27 +427,20 @@ def test_the_lines_that_convert_rows(tmp_path):
 
 
 # ---- Fuzz: FUZZ_LINES=10000 python -m pytest tests/test_rows.py -k fuzz -s ----------------------
-ODD = [None, True, 3, 10**30, [], {}, ["a"], {"a": 1}, A, [Q, A], [A, 3]]
+ODD = [None, True, 3, 10**30, [], {}, ["a"], {"a": 1}, A, [Q, A], [A, 3], [Q, A0, Q, A], [S, Q]]
 ODD += ["", " \n", "\ud83d", "a\udc00b", "x\ny", "\x1b[31m\u202e<|im_end|>\ufeff", "😀" * 20_000]
 KEYS = ["Query", "messages", "system", "", "\ud800", "a" * 500, "\x1b[2J", "weight", "tools", "id"]
-RAW = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b"\x1b[31m", b"\r", b"\xe2\x80\xa8"]
-RAW += [b", ", b"[" * 100_000, b"9" * 5000]
+RAW = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b"\x1b[31m", b"\r", b"\xe2\x80\xa8", b""]
+RAW += [b", ", b'"', b"[" * 100_000, b"9" * 5000]
 
 
 def mutated(row: dict, rng: random.Random) -> bytes:
     """Return a line of JSONL that is near a good one, or far from it."""
-    turn = {**rng.choice([Q, A, S]), rng.choice([*KEYS, "role"]): rng.choice(ODD)}
-    ways = [row, row | {rng.choice([*row, *KEYS]): rng.choice(ODD)}, rng.choice(ODD)]
-    ways += [{"messages": rng.sample([turn, Q, A, A0, Q, A], rng.randint(1, 6))}]
-    line = json.dumps(rng.choice(ways), ensure_ascii=rng.random() < 0.5)
-    line = line.encode("utf-8", "surrogatepass")
-    at = rng.randrange(len(line) + 1)
-    flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in line[at : at + 1])
-    lines = [line] * 4 + [line[:at], line[:at] + rng.choice(RAW) + line[at:], b" "]
-    lines += [
-        line[:at] + flipped + line[at + 1 :],
-        line.decode("utf-8", "replace").encode("utf-16"),
-    ]
+    odd = row | {rng.choice([*row, *KEYS]): rng.choice(ODD)}
+    value = rng.choice([row, odd, odd, {"messages": rng.choice(ODD)}, rng.choice(ODD)])
+    line = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    at, raw = rng.randrange(len(line)), rng.choice(RAW)
+    lines = [line, line, line[:at], line[:at] + raw + line[at:], line[:at] + raw + line[at + 1 :]]
     return rng.choice(lines).replace(b"\n", b" ")
 
 
@@ -459,7 +448,6 @@ def test_fuzz(encoded, write_rows, tiny_tokenizer):
     """Each of many mutated lines is named with a reason, or trained by the label law."""
     rng, number = random.Random(0), int(os.environ.get("FUZZ_LINES", 1500))
     good = [json.loads(x) for x in (ROOT / "data" / "train.jsonl").read_bytes().splitlines()]
-    good = [row for row in good if "query" in row]
     lines = [mutated(rng.choice(good), rng) for _ in range(number)]
     rows = encoded(write_rows(b"\n".join(lines)), num_proc=3)
     assert [r["line"] for r in rows] == [i for i, x in enumerate(lines, 1) if x and not x.isspace()]
@@ -469,12 +457,12 @@ def test_fuzz(encoded, write_rows, tiny_tokenizer):
         if error:
             assert len(error) < 500 and error.isprintable() and not row["num_tokens"], line[:300]
             continue
-        turns = parse_row(json.loads(line.removeprefix(b"\xef\xbb\xbf")), "default")
+        turns = parse_row(json.loads(line), "default")
         texts = [t["content"] + "<|im_end|>" for t in turns[2::2] if t.get("weight") != 0]
         expected = unicodedata.normalize("NFC", "".join(texts))
         trained = row["labels"][row["labels"] != IGNORE_INDEX]
         assert tiny_tokenizer.decode(trained) == expected, line[:300]
         assert (row["input_ids"] == start).sum() == len(turns)
     refused = int((rows["num_tokens"] == 0).sum())
-    assert number / 10 < refused < number
+    assert number / 10 < refused < 0.9 * number
     print(f"\n{number} lines: {len(rows) - refused} encoded, {refused} refused")
