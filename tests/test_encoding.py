@@ -181,13 +181,7 @@ def test_what_is_trained_is_served(system_prompt, template, tiny_tokenizer, tmp_
     assert own.count("<|im_start|>system") == 1
 
 
-def test_a_row_cannot_talk_to_the_terminal(tiny_tokenizer):
+def test_a_row_cannot_talk_to_the_terminal():
     """Escape sequences and what turns the writing direction are shown, not obeyed."""
-    example = encode(
-        conversation("\x1b[2J\x1b]0;title\x07", "a\x9b31m\u202eb\rc\td\n"), tiny_tokenizer
-    )
-    text = mark_trained_tokens(
-        {name: np.array(ids) for name, ids in example.items()}, tiny_tokenizer, False
-    )
-    assert r"\x1b[2J\x1b]0;title\x07" in text and "a\\x9b31m\\u202eb\\rc\td\n" in text
-    assert all(char.isprintable() or char in "\n\t" for char in text)
+    text = printable("\x1b[2J\x1b]0;title\x07 a\x9b31m\u202eb\rc\td\n")
+    assert text == "\\x1b[2J\\x1b]0;title\\x07 a\\x9b31m\\u202eb\\rc\td\n"
