@@ -4,15 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import transformers
+from conftest import QWEN2_TEMPLATE
+from runs import ROOT, TINY
 
-import sft_qwen2
 from sft.encoded_rows import IGNORE_INDEX, mark_trained_tokens
 from sft.rows import UserError, parse_row, printable
 from sft_qwen2 import encode, encode_batch, load_tokenizer
 
 SYSTEM = "你是一个知识渊博的人,请根据问题做出全面且正确的回答。"
 LONG = "Lorem ipsum, 中文 and 1234567890. " * 40
+PROMPT = {"add_generation_prompt": True, "return_dict": False}
 
 
 def conversation(*texts: str, system: str = SYSTEM, context: tuple = ()) -> list[dict]:
@@ -28,7 +30,6 @@ NASTY = {
     "chinese": conversation("泰国的首都是哪里?", "泰国的首都是曼谷。"),
     "emoji": conversation("👩‍👩‍👧‍👦🏳️‍🌈?", "🇨🇳🧑🏽‍🚀 ok 👍🏿"),
     "U+2028": conversation("a\u2028b\u2029c\x85", "\u2028one\u2028two\u2029\x0b\x0c"),
-    "newline": conversation("hi", "\nhello"),
     "newlines": conversation("hi\n", "\n\n\nhello\n\n"),
     "crlf": conversation("a\r\nb", "\r\n c\r\n"),
     "code": conversation("def?", "```python\n\tdef f(x):\n\t    return x\n```\n"),
@@ -52,33 +53,42 @@ SPELLED = {
 ALL = {**NASTY, **SPELLED}
 
 
-def answers(messages: list[dict]) -> list[str]:
-    trained = [m for m in messages if m["role"] == "assistant" and m.get("weight") != 0]
-    return [m["content"] + "<|im_end|>" for m in trained]
-
-
 def assert_labels(messages: list[dict], example: dict, tokenizer) -> None:
-    """Trained tokens are the answers of weight 1, each with its end, and nothing else."""
-    ids, labels = (np.array(example[name]) for name in ("input_ids", "labels"))
+    """Trained tokens, and those marked, are the answers of weight 1, each with its end."""
+    row = {name: np.array(ids) for name, ids in example.items()}
+    ids, labels = row["input_ids"], row["labels"]
     trained = labels != IGNORE_INDEX
     assert len(ids) == len(labels) and (labels == np.where(trained, ids, IGNORE_INDEX)).all()
     runs = np.split(ids, np.flatnonzero(np.diff(trained)) + 1)[1::2]  # the first is context
-    assert [tokenizer.decode(run) for run in runs] == answers(messages)
+    texts = [m["content"] + "<|im_end|>" for m in messages[2::2] if m.get("weight") != 0]
+    assert [tokenizer.decode(run) for run in runs] == texts
+    text = mark_trained_tokens(row, tokenizer, color=False)
+    assert text.replace("⟦", "").replace("⟧", "") == printable(tokenizer.decode(ids))
+    assert [x.split("⟧")[0] for x in text.split("⟦")[1:]] == list(map(printable, texts))
+    green = mark_trained_tokens(row, tokenizer, color=True)
+    assert green == text.replace("⟦", "\033[32m").replace("⟧", "\033[0m")
 
 
-@pytest.mark.parametrize("messages", NASTY.values(), ids=NASTY)
-def test_labels_are_the_answers_and_prompts_are_prefixes(messages, tokenizer):
-    """Every generation prompt is a prefix of the example, and only answers and ends are trained."""
+@pytest.mark.parametrize("name", ALL)
+def test_labels_are_the_answers_and_prompts_are_prefixes(name, tokenizer):
+    """Every generation prompt is a prefix of the example, and only answers and ends are trained.
+
+    Control tokens spelled in a text stay text: real ones are as many as the turns require.
+    """
+    messages = ALL[name]
     example = encode(messages, tokenizer)
     assert_labels(messages, example, tokenizer)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            options = {"add_generation_prompt": True, "return_dict": False}
-            prompt = tokenizer.apply_chat_template(messages[:i], **options)
-            assert example["input_ids"][: len(prompt)] == prompt
-            assert example["labels"][len(prompt) - 1] == IGNORE_INDEX  # trained from here on,
-            is_trained = example["labels"][len(prompt)] != IGNORE_INDEX  # neither later nor earlier
-            assert is_trained == (message.get("weight") != 0)
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    found = [example["input_ids"].count(token) for token in ids]
+    assert found == [len(messages), len(messages), 0]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(example["input_ids"]) + "\n" == text
+    for i in range(2, len(messages), 2) if name in NASTY else ():
+        prompt = tokenizer.apply_chat_template(messages[:i], **PROMPT)
+        assert example["input_ids"][: len(prompt)] == prompt
+        assert example["labels"][len(prompt) - 1] == IGNORE_INDEX  # trained from here on,
+        is_trained = example["labels"][len(prompt)] != IGNORE_INDEX  # neither later nor earlier
+        assert is_trained == (messages[i].get("weight") != 0)
 
 
 def test_an_answer_is_context_as_it_was_trained(tokenizer):
@@ -95,33 +105,15 @@ def test_an_answer_is_context_as_it_was_trained(tokenizer):
     assert encode(both, tokenizer)["input_ids"] == two["input_ids"]
 
 
-@pytest.mark.parametrize("messages", SPELLED.values(), ids=SPELLED)
-def test_no_row_can_open_or_close_a_turn(messages, tokenizer):
-    """Control tokens spelled in a text stay text: real ones are as many as the turns require."""
-    example = encode(messages, tokenizer)
-    assert_labels(messages, example, tokenizer)
-    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    found = [example["input_ids"].count(token) for token in ids]
-    assert found == [len(messages), len(messages), 0]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(example["input_ids"]) + "\n" == text
-
-
-def test_the_repositorys_rows_are_encoded_as_the_chat_template_does(tokenizer):
-    """A whole example is what apply_chat_template gives, less the newline after the last turn."""
+def test_a_batch_is_encoded_as_its_rows_and_as_the_chat_template_does(tokenizer):
+    """A whole row is what apply_chat_template gives, less the newline after the last turn."""
+    assert encode_batch([*ALL.values()], tokenizer) == [encode(x, tokenizer) for x in ALL.values()]
     lines = (ROOT / "data" / "train.jsonl").read_bytes().splitlines()
     conversations = [parse_row(json.loads(line), SYSTEM) for line in lines]
-    newline = tokenizer.encode("\n")
     for messages, example in zip(conversations, encode_batch(conversations, tokenizer)):
         expected = tokenizer.apply_chat_template(messages, return_dict=False)
-        assert example["input_ids"] + newline == expected
+        assert example["input_ids"] + tokenizer.encode("\n") == expected
         assert_labels(messages, example, tokenizer)
-
-
-def test_a_batch_is_its_rows_one_by_one(tokenizer):
-    """encode_batch gives each conversation what encode gives it alone."""
-    alone = [encode(messages, tokenizer) for messages in ALL.values()]
-    assert encode_batch(list(ALL.values()), tokenizer) == alone
 
 
 def test_a_tokenizer_that_cuts_or_pads_does_neither_to_a_row(tiny_tokenizer):
@@ -132,87 +124,64 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_to_a_row(tiny_tokenizer):
 
 
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] %s }}"
-REFUSED = {  # what is done to the tokenizer's files: what the refusal names
-    "no template": ({"chat_template.jinja": ""}, "chat template"),
-    "another": ({"chat_template.jinja": "[INST] {{ messages[1]['content'] }}"}, "chat template"),
-    "strips texts": (
-        {"chat_template.jinja": TURN.replace("%s", "| trim + '<|im_end|>\n'")},
-        "chat template",
-    ),
-    "no newline": ({"chat_template.jinja": TURN.replace("%s", "+ '<|im_end|>'")}, "chat template"),
-    "no vocabulary": ({"tokenizer.json": None}, "tokenizer.json"),
-    "plain control tokens": ({"tokenizer.json": '"special": false'}, "special tokens"),
+TURN = "{%% for m in messages %%}" + TURN + "{%% endfor %%}"
+REFUSED = {  # a file of the tokenizer's, its new text (or what becomes of it), what is named
+    "no template": ("chat_template.jinja", "", "chat template"),
+    "another": ("chat_template.jinja", "[INST] {{ messages[1]['content'] }}", "chat template"),
+    "strips": ("chat_template.jinja", TURN % "| trim + '<|im_end|>\n'", "chat template"),
+    "no newline": ("chat_template.jinja", TURN % "+ '<|im_end|>'", "chat template"),
+    "no vocabulary": ("tokenizer.json", None, "tokenizer.json"),
+    "plain control tokens": ("tokenizer.json", '"special": false', "special tokens"),
 }
 
 
-@pytest.mark.parametrize(("files", "named"), REFUSED.values(), ids=REFUSED)
-def test_wrong_tokenizers_are_refused(files, named, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize(("name", "content", "named"), REFUSED.values(), ids=REFUSED)
+def test_wrong_tokenizers_are_refused(name, content, named, tiny_tokenizer, tmp_path):
     """Who renders otherwise, loses texts or lets a text close its turn is refused in a sentence."""
     tiny_tokenizer.save_pretrained(tmp_path)
-    for name, content in files.items():
-        if name.endswith("jinja") and "m['role']" in content:
-            content = "{% for m in messages %}" + content + "{% endfor %}"
-        if content and "special" in content:  # everywhere: the configuration lists them too
-            text = (tmp_path / name).read_text(encoding="utf-8").replace('"special": true', content)
-            (tmp_path / name).write_text(text, encoding="utf-8")
-            config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-            config = {key: value for key, value in config.items() if "token" not in key}
-            (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        elif content:
-            (tmp_path / name).write_text(content)
-        else:
-            (tmp_path / name).unlink()
+    path = tmp_path / name
+    if content is None:
+        path.unlink()
+    elif name == "tokenizer.json":  # and the configuration, which lists them too
+        path.write_text(path.read_text("utf-8").replace('"special": true', content), "utf-8")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    else:
+        path.write_text(content)
     with pytest.raises(UserError) as refusal:
         load_tokenizer(str(tmp_path), SYSTEM)
     assert str(tmp_path) in str(refusal.value) and named in str(refusal.value)
 
 
-def test_control_tokens_in_the_system_prompt_are_refused(tiny_model_dir):
+def test_control_tokens_in_the_system_prompt_are_refused():
     """They would be trained as text, and served as what they are."""
     with pytest.raises(UserError, match=r"--system_prompt: <.im_end.> is"):
-        load_tokenizer(str(tiny_model_dir), "Be brief.<|im_end|>")
+        load_tokenizer(str(TINY), "Be brief.<|im_end|>")
 
 
 PROMPTS = ["", "plain", SYSTEM, "a 'b' \"c\"", "\\n is not \n, \\", "{{ x }} {% if %} %} }} {# #}"]
 PROMPTS += ["tab\t\r\nend ", "👩‍👩‍👧‍👦\u2028\u2029\x85", "\\u4e2d \\x41 \\", "'] + messages }}"]
 
 
+@pytest.mark.parametrize("template", [None, QWEN2_TEMPLATE], ids=["own", "qwen2's"])
 @pytest.mark.parametrize("system_prompt", PROMPTS)
-def test_what_is_trained_is_served(system_prompt, qwen2_tokenizer_dir, tiny_model_dir, tmp_path):
+def test_what_is_trained_is_served(system_prompt, template, tiny_tokenizer, tmp_path):
     """The exported template gives the trained system prompt where there is no system turn."""
     turns = conversation("q", "a", "q2", "a2", system=system_prompt)
-    folders = [tiny_model_dir] if system_prompt != SYSTEM else [tiny_model_dir, qwen2_tokenizer_dir]
-    for folder in folders:
-        load_tokenizer(str(folder), system_prompt).save_pretrained(tmp_path)
-        served = sft_qwen2.transformers.AutoTokenizer.from_pretrained(tmp_path)
-        options = {"add_generation_prompt": True, "return_dict": False}
-        prompt = served.apply_chat_template(turns[1:2], **options)
-        assert encode(turns, served)["input_ids"][: len(prompt)] == prompt
-        text = served.apply_chat_template(turns[1:], tokenize=False)
-        assert text.startswith(f"<|im_start|>system\n{system_prompt}<|im_end|>\n<|im_start|>user\n")
-        own = served.apply_chat_template(conversation("q", "a", system="own"), tokenize=False)
-        assert own.startswith("<|im_start|>system\nown<|im_end|>\n<|im_start|>user\nq")
-        assert own.count("<|im_start|>system") == 1
+    tiny_tokenizer.save_pretrained(tmp_path)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    load_tokenizer(str(tmp_path), system_prompt).save_pretrained(tmp_path)
+    served = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt = served.apply_chat_template(turns[1:2], **PROMPT)
+    assert encode(turns, served)["input_ids"][: len(prompt)] == prompt
+    text = served.apply_chat_template(turns[1:], tokenize=False)
+    assert text.startswith(f"<|im_start|>system\n{system_prompt}<|im_end|>\n<|im_start|>user\n")
+    own = served.apply_chat_template(conversation("q", "a", system="own"), tokenize=False)
+    assert own.startswith("<|im_start|>system\nown<|im_end|>\n<|im_start|>user\nq")
+    assert own.count("<|im_start|>system") == 1
 
 
-@pytest.mark.parametrize("messages", ALL.values(), ids=ALL)
-def test_brackets_enclose_exactly_what_is_trained(messages, tiny_tokenizer):
-    """Without its brackets a marked row is the row's text; in them stand the trained answers."""
-    row = {name: np.array(ids) for name, ids in encode(messages, tiny_tokenizer).items()}
-    text = mark_trained_tokens(row, tiny_tokenizer, color=False)
-    assert text.replace("⟦", "").replace("⟧", "") == printable(
-        tiny_tokenizer.decode(row["input_ids"])
-    )
-    inside = [part.split("⟧")[0] for part in text.split("⟦")[1:]]
-    assert inside == list(map(printable, answers(messages)))
-    green = mark_trained_tokens(row, tiny_tokenizer, color=True)
-    assert green == text.replace("⟦", "\033[32m").replace("⟧", "\033[0m")
-
-
-def test_a_row_cannot_talk_to_the_terminal(tiny_tokenizer):
+def test_a_row_cannot_talk_to_the_terminal():
     """Escape sequences and what turns the writing direction are shown, not obeyed."""
-    messages = conversation("\x1b[2J\x1b]0;title\x07", "a\x9b31m\u202eb\rc\td\n")
-    row = {name: np.array(ids) for name, ids in encode(messages, tiny_tokenizer).items()}
-    text = mark_trained_tokens(row, tiny_tokenizer, color=False)
-    assert r"\x1b[2J\x1b]0;title\x07" in text and "a\\x9b31m\\u202eb\\rc\td\n" in text
-    assert all(char.isprintable() or char in "\n\t" for char in text)
+    text = printable("\x1b[2J\x1b]0;title\x07 a\x9b31m\u202eb\rc\td\n")
+    assert text == "\\x1b[2J\\x1b]0;title\\x07 a\\x9b31m\\u202eb\\rc\td\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from runs import ROOT
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
@@ -29,7 +29,6 @@ OTHERS = "python3 . -m wandb vllm modelscope curl ctranslate2 ct2-transformers-c
 OTHERS += " convert_hf_to_gguf.py llama-server"
 OTHER_FLAGS = ("help", "jinja", "shutdown-timeout", "nproc_per_node", "nnodes")
 NUMBER = r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?![A-Za-z\d])"  # not the 2 of Qwen2
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 # Where the results stand in benchmarks/README.md: section, table, column, rows.
 THROUGHPUT = ("useful tokens/s", "this trainer", "TRL", "padded to longest")
 SOURCES = [("Throughput", 0, *THROUGHPUT), ("Throughput", 2, *THROUGHPUT)]
@@ -152,20 +151,24 @@ def test_lengths_and_plan_are_shown_as_they_are(qwen2_tokenizer, tmp_path, run_m
 
 @pytest.mark.slow
 def test_the_first_run_and_its_answer_are_shown_as_they_are(tmp_path):
-    """Both commands; training may differ in the last digits from machine to machine."""
+    """Both commands; training may differ in the last digits from machine to machine.
+
+    Of 40 held-out questions none has its exact answer before, and four of five have it after.
+    """
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    options = {"env": env, "text": True, "shell": True}
     train, chat = (blocks(ENGLISH, "bash")[i] for i in (0, -1))
     train = f"{train.split(' && ')[-1].strip()} --output_dir {tmp_path}/outputs/tiny"
-    out = subprocess.check_output(train, cwd=ROOT, env=env, text=True, shell=True)
+    out = subprocess.check_output(train, cwd=ROOT, **options)
     figures = r"(?m)^(?:exact|\{'eval_loss).*"
     shown, found = ([re.findall(NUMBER, x) for x in re.findall(figures, y)] for y in (ENGLISH, out))
     for line, other in zip(shown, found, strict=True):
         assert [*map(float, line)] == pytest.approx([*map(float, other)], rel=0.1)
     right, asked, before = map(int, found[-1])
-    assert right >= 0.8 * asked >= 16 and before == 0
+    assert (asked, before) == (40, 0) and right >= 32
     lines = iter(re.findall(figures, ENGLISH))
     assert_shown("data/tiny.json", re.sub(figures, lambda _: next(lines), out))
-    answer = subprocess.check_output(chat, cwd=tmp_path, env=env, text=True, shell=True)
+    answer = subprocess.check_output(chat, cwd=tmp_path, **options)
     assert answer.endswith("'content': 'The capital of Portugal is Lisbon.'}\n")
 
 
@@ -178,7 +181,6 @@ def test_the_picture_shows_what_is_trained_and_the_losses_of_the_first_run():
     assert losses == re.findall(r"'eval_loss': '([\d.]+)'", blocks(ENGLISH, "text")[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module, name", [("boxes", "README.md"), ("make_tables", "choosing.md")])
 def test_a_generated_table_is_the_one_that_its_command_prints(module, name, capsys):
     __import__(module).main()

@@ -8,23 +8,25 @@ import random
 import re
 import shlex
 import subprocess
+import sys
 import unicodedata
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+import transformers
+from runs import ROOT, TINY, argv, run_main, train
+from tokenizers import normalizers
 
 import sft_qwen2
+from sft import encoded_rows
 from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
 from sft.rows import UserError, find_data_files, parse_row
 
 GOOD = {"query": "q", "answer": "a"}
-Q, A, S = (
-    {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s"))
-)
-A0 = {**A, "weight": 0}
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S, A0 = {"role": "system", "content": "s"}, {**A, "weight": 0}
 
 
 @pytest.fixture
@@ -50,39 +52,29 @@ def dumps(*turns, **keys) -> bytes:
 BAD_ROWS = [  # a line of JSONL, and what is said of it
     (b'{"query": "q", "answer": ', "JSON"),
     (b'{"query": "q", "answer": "a', "Unterminated string"),
-    (b'{"query": "q", "answer": "a"} {}', "JSON"),
     (b'["q", "a"]', "not a JSON object"),
-    (b"null", "not a JSON object"),
     (b'{"answer": "a"}', '"query" and "answer"'),
-    (b"{}", '"query" and "answer"'),
     (dumps(query="", answer="a"), "empty user"),
     (dumps(query="q", answer=" \n\t\u3000"), "empty assistant"),
     (dumps(query="q", answer=None), '"query" and "answer"'),
     (dumps(query="q", answer=42), "not a string"),
-    (dumps(query=["q"], answer="a"), "not a string"),
     (dumps(system=1, query="q", answer="a"), "not a string"),
-    (b'{"messages": "q"}', "messages"),
     (b'{"messages": ["q", "a"]}', "messages"),
     (b'{"messages": []}', '"messages"'),
     (b'{"messages": [{"role": "user"}, {"role": "assistant"}]}', "not a string"),
     (dumps(Q, {"role": "tool", "content": "t"}, A), "tool"),
     (dumps({"role": [], "content": "q"}, A), "roles"),
-    (b'{"messages": [{"content": "q"}, {"content": "a"}]}', "roles"),
     (dumps(A, Q), "assistant, user"),
-    (dumps(Q, Q, A), "alternate"),
     (dumps(Q, S, A), "alternate"),
     (dumps(S, Q), "assistant last"),
-    (dumps(S), "assistant last"),
-    (dumps(Q, A, Q), "assistant last"),
     (b'{"query": "q", "answer": "\xff"}', "UTF-8"),
-    ('{"query": "q"}'.encode("utf-16-le"), "JSON"),
     (b'{"query": "q", "answer": "a", "answer": "b"}', "twice"),
     (b'{"messages": [{"role": "user", "role": "user"}]}', "twice"),
     (dumps(query="q", answer="a\0b"), "NUL"),
     (dumps(query="q", answer="\ud83d"), "surrogate"),
     (b'{"query": "q", "answer": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "JSON"),
     (b'{"query": "q", "answer": ' + b"9" * 10_000 + b"}", "JSON"),
-    # What would have been ignored, or was
+    # What would have been ignored
     (dumps(query="q", answer="a", history=[["q", "a"]]), '"history": another format'),
     (dumps(Q, A, tools=[{"name": "f"}]), '"tools": tool calls'),
     (dumps(Q, {**A, "tool_calls": [{}]}), '"tool_calls"'),
@@ -97,27 +89,19 @@ BAD_ROWS = [  # a line of JSONL, and what is said of it
     (dumps(query="q", answer="a", weight=0), '"weight": write it to an assistant turn'),
     (dumps(Q, A0), "nothing to train"),
     (dumps(Q, {**A, "weight": 0.5}), "not 0 or 1"),
-    (dumps(Q, {**A, "loss": "no"}), "not 0 or 1"),
     (dumps(Q, {**A, "weight": 1, "loss": False}), "not 0 or 1"),
     (dumps({**Q, "loss": True}, A), "user turn has a weight"),
 ]
+NOT, YES, NONE = {"loss": False}, {"loss": True}, {"weight": None, "name": None}
 GOOD_ROWS = [  # a line of JSONL, the turns after system it gives, and its system
     (dumps(**GOOD), [Q, A], "default"),
     (dumps(**GOOD, system=None, history=[], tools=None, input=""), [Q, A], "default"),
     (dumps(**GOOD, system=""), [Q, A], ""),
     (dumps(Q, A, system="own"), [Q, A], "own"),
     (dumps(S, Q, A, Q, A), [Q, A, Q, A], "s"),
-    (dumps(Q, {**A, "weight": 0}, Q, {**A, "weight": 1}), [Q, A0, Q, A], "default"),
-    (
-        dumps({**Q, "loss": False}, {**A, "loss": False}, Q, {**A, "loss": True}),
-        [Q, A0, Q, A],
-        "default",
-    ),
-    (
-        dumps({**Q, "name": None}, {**A, "weight": None, "at": 1}, id=7, score=0.5),
-        [Q, A],
-        "default",
-    ),
+    (dumps(Q, A0, Q, {**A, "weight": 1}), [Q, A0, Q, A], "default"),
+    (dumps({**Q, **NOT}, {**A, **NOT}, Q, {**A, **YES}), [Q, A0, Q, A], "default"),
+    (dumps({**Q, **NONE}, {**A, **NONE, "at": 1}, id=7, score=0.5), [Q, A], "default"),
     (b"\xef\xbb\xbf" + dumps(**GOOD), [Q, A], "default"),
     (b'{"query": "q", "answer": "a"}\r', [Q, A], "default"),
 ]
@@ -126,7 +110,7 @@ GOOD_ROWS = [  # a line of JSONL, the turns after system it gives, and its syste
 def test_rows_say_what_they_say_or_are_refused(encoded, write_rows, tiny_tokenizer):
     """Every row is taken whole, weights and system and all, or named by its line and a reason."""
     lines = [line for line, *_ in GOOD_ROWS] + [b"", b" \t"] + [line for line, _ in BAD_ROWS]
-    path = write_rows(b"\n".join(lines))  # U+2028 and its like end no line
+    path = write_rows(b"\n".join(lines))
     rows, at = encoded(path), itertools.count(1)
     for row, (line, turns, system) in zip(rows, GOOD_ROWS):
         turns = [{"role": "system", "content": system}, *turns]
@@ -141,34 +125,39 @@ def test_rows_say_what_they_say_or_are_refused(encoded, write_rows, tiny_tokeniz
     assert set(rows["ignored"]) == {"", "'at'\n'id'\n'score'"}
 
 
-def test_bad_rows_stop_the_run_before_the_model_is_loaded(
-    run_main, tiny_model_dir, write_rows, tmp_path
-):
-    """The first are named by file and line, and all are counted; asked to, the run goes on."""
-    path = write_rows([GOOD] * 1500 + [{"query": "q"}] * 1234 + [GOOD])
-    argv = ["--model_name_or_path", tiny_model_dir, "--data_path", path, "--dry_run"]
-    code, _, err = run_main(*argv)
+def test_what_a_run_says_of_its_rows(untied_model_dir, tmp_path):
+    """Refused rows end it before a model is loaded, or are written down; all that is read adds up.
+
+    Shards are one set of rows; control tokens in texts and keys without effect are named.
+    """
+    rows = [GOOD, *[{"query": "q"}] * 30, {"query": "q " * 200, "answer": "a"}]
+    rows += [{"query": "<|im_end|>", "answer": "b " * 99, "id": 7}]
+    one, two = (tmp_path / f"train-0000{i}-of-00002.jsonl" for i in (0, 1))
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    two.write_text(json.dumps(rows[-1]))
+    (tmp_path / "dev.json").write_text(json.dumps([GOOD] * 2))
+    out, flags = tmp_path / "out", {"max_len": 60, "system_prompt": ""}
+    paths = {"model_name_or_path": untied_model_dir, "data_path": tmp_path, "output_dir": out}
+    code, _, err = run_main(*argv(**paths, **flags, report_to="none"))
     *shown, dots, last = err.splitlines()
-    assert code == 1 and len(shown) == 20 and dots == "..."
-    assert f"{path}:1501: wants" in shown[0] and f"{path}:1520: " in shown[-1]
-    assert last.startswith("1234 of 2735 rows are refused")
-    code, out, err = run_main(*argv, "--skip_bad_rows")
-    assert code == 0 and "2,735 rows = 1,501 trained + 0 dropped + 1,234 rejected" in out
-    assert f"{path}:1501: " in err
+    assert code == 1 and len(shown) == 20 and dots == "..." and not out.exists()
+    assert f"{one}:2: wants" in shown[0] and f"{one}:21: " in shown[-1]
+    assert last.startswith("30 of 33 rows are refused")
+    run = train(untied_model_dir, tmp_path, out, skip_bad_rows="true", **flags)
+    assert "33 rows = 2 trained + 1 dropped + 30 rejected (1 cut)" in run.out
+    assert f"{one}: 32 rows, 1 trained\n" in run.out and f"{two}: 1 rows, 1 trained\n" in run.out
+    assert "1 control tokens spelled in texts" in run.out and "change nothing: 'id'\n" in run.out
+    assert f"validation {tmp_path}/dev.json: 2 rows" in run.out and f"{one}:2: wants" in run.err
+    (step,) = run.steps
+    assert sorted(row["place"] for row in step) == [f"{one}:1", f"{two}:1"]
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in rejected] == [f"{one}:{line}" for line in range(2, 32)]
+    assert all(row["row"] == {"query": "q"} and "wants" in row["error"] for row in rejected)
 
 
 # ---- Formats ------------------------------------------------------------------------------------
-TEXTS = [
-    "007",
-    "1.50",
-    "1e5",
-    "nan",
-    "NULL",
-    "true",
-    "a,b\n\"c\" 'd'",
-    "中文\u2028🚀",
-    "<|im_end|>",
-]
+TEXTS = ["007", "1.50", "1e5", "nan", "NULL", "true"]
+TEXTS += ["a,b\n\"c\" 'd'", "中文\u2028🚀", "<|im_end|>"]
 
 
 def test_every_format_gives_the_same_rows(encoded, tmp_path):
@@ -201,17 +190,26 @@ def test_every_format_gives_the_same_rows(encoded, tmp_path):
     assert contents(encoded(folder / "train.csv")) == expected[2:]
 
 
-def test_a_row_of_json_does_not_spoil_the_others(encoded, write_rows):
-    """A wrong row of an array is refused by its number, and all other texts stay theirs."""
-    odd = [{"query": "q", "answer": 5}, {"query": "q", "answer": "\ud800"}, {**GOOD, "x": 1}]
-    data = json.dumps([GOOD, *odd])[:-1] + ', {"query": "q", "query": "q", "answer": "a"}, 1]'
-    rows = encoded(write_rows(data.encode(), "train.json"))
-    reasons = ["", "not a string", "surrogate", "", "twice", "not a JSON object"]
-    assert (
-        [r in row["error"] for r, row in zip(reasons, rows)] == [True] * 6 == [len(rows) == 6] * 6
-    )
+ODD_JSON = rb"""[{"query": "q", "answer": "a"}, {"query": "q", "answer": 5},
+{"query": "q", "answer": "\ud800"}, {"query": "q", "answer": "a", "x": 1},
+{"query": "q", "query": "q", "answer": "a"}, 1]"""
+ODD_CSV = b"query,answer\nq,a\nHello, w,Hi\nq,\nq,a\nq," + b"long " * 30_000
+ODD_ROWS = {  # a file, and what is said of each of its rows: a wrong one spoils no other
+    "train.json": (ODD_JSON, ("", "not a string", "surrogate", "", "twice", "not a JSON object")),
+    "train.csv": (ODD_CSV, ("", "more fields than the header", 'wants "query" and', "", "")),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_a_row_does_not_spoil_the_others(name, encoded, write_rows):
+    data, reasons = ODD_ROWS[name]
+    path = write_rows(data, name)
+    rows = encoded(path)
+    for number, (row, reason) in enumerate(zip(rows, reasons, strict=True), 1):
+        assert reason in row["error"] and bool(reason) == bool(row["error"])
+        assert row["place"] == f"{path}:{number}"
     assert rows[3]["input_ids"].tolist() == rows[0]["input_ids"].tolist()
-    assert rows[4]["place"].endswith("train.json:5")
+    assert name != "train.csv" or rows[4]["num_answer_tokens"] > 30_000  # no text is too long
 
 
 UNREADABLE = {
@@ -234,17 +232,6 @@ def test_files_that_cannot_be_read_get_a_sentence(name, data, said, encoded, wri
         encoded([write_rows([GOOD]), path])
     assert str(error.value).startswith(f"{path}: ") and said in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_csv_keeps_what_a_field_says(encoded, write_rows):
-    """A comma without quotes would cut a text in two; long texts are read; empty ones are none."""
-    long = "long " * 30_000
-    rows = encoded(
-        write_rows(f"query,answer\nq,a\nHello, w,Hi\nq,\nq,{long}".encode(), "train.csv")
-    )
-    reasons = ["", "more fields than the header", 'wants "query" and "answer"', ""]
-    assert all(reason in row["error"] for reason, row in zip(reasons, rows, strict=True))
-    assert rows[3]["num_answer_tokens"] > 60_000 / 2
 
 
 FOLDERS = {  # names in a folder: what is trained, validated, and said
@@ -276,26 +263,10 @@ def test_which_files_of_a_folder_are_read(names, expected, tmp_path, capsys):
     assert [str(path) for path in found["train"]] == train
     assert [str(path) for path in found.get("validation", [])] == validation
     assert capsys.readouterr().out == ("not read   " + ", ".join(said) + "\n") * bool(said)
-    files = [
-        str(tmp_path / name) for name in sorted(names.split()) if name.endswith((".csv", ".jsonl"))
-    ]
+    files = [str(path) for path in sorted(tmp_path.glob("*.*s*"))]  # .csv, .jsonl
     if "more" not in names:  # named one by one, the names still decide
         assert find_data_files(files if len(files) > 1 else str(tmp_path)) == found
     assert find_data_files(files[-1]) == {"train": [tmp_path / files[-1]]}  # alone: it is meant
-
-
-def test_shards_train_to_the_last_digit_as_one_file(train, untied_model_dir, write_rows, tmp_path):
-    rows = [{"query": f"q {i}", "answer": "one two " * i} for i in range(1, 31)]
-    for i in range(3):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[10 * i : 10 * i + 10])
-        (tmp_path / f"train-0000{i}-of-00003.jsonl").write_text(lines)
-    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5}
-    one = train(untied_model_dir, write_rows(rows), tmp_path / "one", **flags)
-    three = train(untied_model_dir, tmp_path, tmp_path / "three", **flags)
-    assert one.losses == three.losses and len(one.losses) == 5 and "ignored" not in one.out
-    assert (
-        "30 rows = 30 trained" in three.out and "of-00003.jsonl: 10 rows, 10 trained" in three.out
-    )
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -305,15 +276,16 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "sft_rows"
 
 
-@pytest.mark.parametrize("num_proc", [2, 3, 7])
+@pytest.mark.parametrize("num_proc", [2, 7])
 def test_any_number_of_processes_gives_the_same_table(num_proc, encoded, write_rows, cache):
     """Lines are cut between processes at any byte; rows, order and line numbers stay."""
     texts = ["a", "\u2028", "b" * 50, "\r", "é🚀"]
     lines = [dumps(query=f"q{i}", answer=texts[i % 5] or "x") for i in range(40)]
     lines[7:9] = [b"", b'{"query": "broken'] + [b" "] * 3
-    one = write_rows(b"\r\n".join(lines))
-    two = write_rows(b"query,answer\nq,a\nq,b\n", "train.csv")
+    one, two = write_rows(b"\r\n".join(lines)), write_rows(b"query,answer\nq,a\nq,b\n", "train.csv")
     expected = encoded([one, two, one], num_proc=1)
+    alone = map(contents, map(encoded, (one, two, one)))
+    assert contents(expected) == [*itertools.chain.from_iterable(alone)]
     cache.rename(cache.with_name("before"))
     rows = encoded([one, two, one], num_proc=num_proc)
     assert rows.table.equals(expected.table) and len(list(cache.glob("*/*.arrow"))) == num_proc
@@ -327,11 +299,13 @@ def test_any_number_of_processes_gives_the_same_table(num_proc, encoded, write_r
     assert not list(cache.glob("*.unfinished"))
 
 
-def test_the_cache_goes_by_all_that_matters(encoded, write_rows, qwen2_tokenizer, tmp_path, cache):
-    """Content, system prompt, vocabulary and script: another of these, another result."""
+def test_the_cache_goes_by_all_that_matters(encoded, write_rows, tmp_path, cache):
+    """Content, system prompt, tokenizer and script: another of these, another result."""
     path, script = write_rows([GOOD]), tmp_path / "script.py"
     script.write_text("1")
-    ways = [{}, {"system": "other"}, {"tokenizer": qwen2_tokenizer}, {"script": script}]
+    other = transformers.AutoTokenizer.from_pretrained(TINY)
+    other.backend_tokenizer.normalizer = normalizers.Prepend("x")
+    ways = [{}, {"system": "other"}, {"tokenizer": other}, {"script": script}]
     rows = [encoded(path, **way) for way in ways]
     assert len({tuple(row[0]["input_ids"].tolist()) for row in rows}) == 3
     assert len(list(cache.glob("*/*.arrow"))) == len(ways)
@@ -342,31 +316,25 @@ def test_the_cache_goes_by_all_that_matters(encoded, write_rows, qwen2_tokenizer
     assert encoded(copy, **never)[0]["place"] == f"{copy}:1"
 
 
-DAMAGES = {
-    "cut": lambda part: part.write_bytes(part.read_bytes()[:-100]),
-    "cut after a batch": lambda part: rewrite(part, lambda batches: batches[:-1]),
-    "empty": lambda part: part.write_bytes(b""),
-    "part gone": lambda part: part.unlink(),
-    "zeros": lambda part: part.write_bytes(bytes(part.stat().st_size)),
+DAMAGES = {  # what becomes of a file's bytes, in which the lengths of some rows stand
+    "cut": lambda data, lengths: data[:-100],
+    "empty": lambda data, lengths: b"",
+    "zeros in it": lambda data, lengths: data.replace(lengths, bytes(len(lengths)), 1),
+    "gone": None,
 }
 
 
-def rewrite(part, change) -> None:
-    """Leave an Arrow file without its last batches and without its end, as a full disk does."""
-    batches = pa.ipc.open_file(part.read_bytes())
-    batches = [batches.get_batch(i) for i in range(batches.num_record_batches)]
-    with pa.OSFile(str(part), "wb") as sink:
-        writer = pa.ipc.new_stream(sink, batches[0].schema)
-        for batch in change(batches):
-            writer.write(batch)
-
-
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_cache_is_named_and_mended(damage, encoded, write_rows, cache, capsys):
-    path = write_rows([GOOD] * 2500)
+def test_a_damaged_cache_is_mended(damage, encoded, write_rows, cache, capsys, monkeypatch):
+    monkeypatch.setattr(encoded_rows, "BATCH_ROWS", 10)
+    path = write_rows([GOOD] * 50)
     before = encoded(path, num_proc=2).table.to_pylist()
     part = sorted(cache.glob("*/*.arrow"))[-1]
-    damage(part)
+    data, lengths = part.read_bytes(), np.full(9, before[0]["num_tokens"], np.int32).tobytes()
+    assert lengths in data
+    part.unlink()
+    if damage:
+        part.write_bytes(damage(data, lengths))
     assert encoded(path).table.to_pylist() == before
     assert f"{part.parent} is damaged, so encoding again" in capsys.readouterr().err
     encoded(path)
@@ -391,9 +359,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(encoded, write_rows, ca
 @pytest.mark.parametrize("max_len", [60, 200, 10_000])
 def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, encoded, write_rows):
     """Rows and answer tokens read are those trained, cut, dropped and rejected, counted by hand."""
-    more = write_rows(
-        b"\n".join([dumps(Q, A0, Q, A), dumps(query="q"), dumps(query="q " * 99, answer="a")])
-    )
+    lines = [dumps(Q, A0, Q, A), dumps(query="q"), dumps(query="q " * 99, answer="a")]
+    more = write_rows(b"\n".join(lines))
     table = encoded([ROOT / "data" / "train.jsonl", more])
     rows, counts = fit_rows(table, max_len, overflow_strategy, skip_bad_rows=True)
     trained = dropped = cut = 0
@@ -417,67 +384,42 @@ def test_what_is_read_is_trained_cut_or_dropped(overflow_strategy, max_len, enco
     assert sum(int((b["shift_labels"] != IGNORE_INDEX).sum()) for b in batches) == trained
 
 
-def test_too_long_rows(encoded, write_rows, tiny_tokenizer):
-    """`error` names the first; a cut adds no end; without any target a row is dropped."""
-    path = write_rows(
-        [GOOD, {"query": "q " * 200, "answer": "one two"}, {**GOOD, "answer": "b " * 9}]
-    )
-    table, end = encoded(path), tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
-    lengths = table["num_tokens"].tolist()
-    with pytest.raises(UserError, match=f":2: {lengths[1]} tokens, and max_len is 50 .1 such rows"):
+def test_a_row_that_is_too_long_can_stop_the_run(encoded, write_rows):
+    """`error` names the first such row; rows of which no answer remains are no rows."""
+    table = encoded(write_rows([GOOD, {"query": "q " * 200, "answer": "one two"}]))
+    longest = table["num_tokens"].max()
+    with pytest.raises(UserError, match=f":2: {longest} tokens, and max_len is 50 .1 such rows"):
         fit_rows(table, 50, "error")
-    assert len(fit_rows(table, max(lengths), "error")[0]) == 3
-    for max_len in range(lengths[0], lengths[2] + 1):
-        rows, counts = fit_rows(table, max_len, "truncate")
-        assert [row["line"] for row in rows] == [1, 3] and counts["rows_dropped"] == 1
-        last = sft_qwen2.truncate(rows[1], max_len)["labels"][-1]
-        assert (last == end) == (max_len == lengths[2])
+    assert len(fit_rows(table, longest, "error")[0]) == 2
     with pytest.raises(UserError, match="max_len 5"):
         fit_rows(table, 5, "truncate")
 
 
-def test_what_a_run_says_of_its_rows(train, untied_model_dir, tmp_path):
-    """Counts, control tokens, ignored keys; refused rows are named, counted and written down."""
-    rows = [GOOD, {"query": "q"}, {"query": "q " * 200, "answer": "a"}]
-    rows += [{"query": "<|im_end|>", "answer": "b " * 99, "id": 7}]
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "dev.json").write_text(json.dumps([GOOD] * 2))
-    flags = {"max_len": 60, "system_prompt": "", "skip_bad_rows": "true"}
-    run = train(untied_model_dir, tmp_path, tmp_path / "out", **flags)
-    assert "4 rows = 2 trained + 1 dropped + 1 rejected (1 cut)" in run.out
-    assert "1 control tokens spelled in texts" in run.out and "change nothing: 'id'\n" in run.out
-    assert f"validation {tmp_path}/dev.json: 2 rows" in run.out and f"{path}:2: wants" in run.err
-    assert sorted(row["line"] for rows in run.steps for row in rows) == [1, 4]
-    rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert rejected["place"] == f"{path}:2" and rejected["row"] == {"query": "q"}
-
-
 # ---- docs/data.md -------------------------------------------------------------------------------
+INPUT = {"instruction": "问", "input": "i", "output": "答"}
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+SAMPLES = {  # files that the lines of docs/data.md convert
+    "alpaca.json": json.dumps([{"instruction": "q", "input": "", "output": "a"}, INPUT]),
+    "sharegpt.json": json.dumps([{"conversations": TURNS}]),
+    "completions.jsonl": json.dumps({"prompt": "q", "completion": "a"}),
+    "openai.jsonl": "\n".join(
+        json.dumps({"messages": [Q, turn], "tools": [1]}) for turn in (A, {**A, "tool_calls": [1]})
+    ),
+    "history.jsonl": json.dumps({"query": "q", "response": "a", "history": [["q", "a"]]}),
+}
+
+
 def test_the_lines_that_convert_rows(tmp_path):
     """Each line of docs/data.md makes rows that are taken, and the refusal of others names them."""
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     for line in re.search(r"```json\n(.*?)```", text, re.S)[1].splitlines():
         parse_row(json.loads(line), "system")
-    alpaca = [{"instruction": "q", "input": "", "output": "a"}]
-    chat = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
-    samples = {
-        "alpaca.json": json.dumps([*alpaca, {"instruction": "问", "input": "i", "output": "答"}]),
-        "sharegpt.json": json.dumps(chat),
-        "completions.jsonl": json.dumps({"prompt": "q", "completion": "a"}),
-        "openai.jsonl": "\n".join(
-            json.dumps({"messages": [Q, turn], "tools": [1]})
-            for turn in (A, {**A, "tool_calls": [1]})
-        ),
-        "history.jsonl": json.dumps({"query": "q", "response": "a", "history": [["q", "a"]]}),
-    }
-    for name, sample in samples.items():
+    for name, sample in SAMPLES.items():
         (tmp_path / name).write_text(sample, encoding="utf-8")
     commands = re.findall(r"```bash\n(.*?)```", text, re.S)
-    assert len(commands) == len(samples)
+    assert len(commands) == len(SAMPLES)
     for command in commands:
-        python = f"exec {shlex.quote(os.sys.executable)}"
-        command = command.replace("python", python, 1)
+        command = command.replace("python", f"exec {shlex.quote(sys.executable)}", 1)
         subprocess.run(command, shell=True, check=True, cwd=tmp_path)
         rows = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
         turns = [parse_row(row, "s") for row in rows]
@@ -485,96 +427,29 @@ def test_the_lines_that_convert_rows(tmp_path):
 
 
 # ---- Fuzz: FUZZ_LINES=10000 python -m pytest tests/test_rows.py -k fuzz -s ----------------------
-ODD = [
-    None,
-    True,
-    3,
-    10**30,
-    [],
-    {},
-    "",
-    " \n",
-    ["a"],
-    {"a": 1},
-    "\ud83d",
-    "a\udc00b",
-    "x\ny",
-    "😀",
-]
-RAW = [
-    b"\xff",
-    b"\xc0\x80",
-    b"\xed\xa0\x80",
-    b"\0",
-    b"\x1b[31m",
-    b"\r",
-    b"\xe2\x80\xa8",
-    b"\xff\xfe",
-]
+ODD = [None, True, 3, 10**30, [], {}, ["a"], {"a": 1}, A, [Q, A], [A, 3], [Q, A0, Q, A], [S, Q]]
+ODD += ["", " \n", "\ud83d", "a\udc00b", "x\ny", "\x1b[31m\u202e<|im_end|>\ufeff", "😀" * 20_000]
 KEYS = ["Query", "messages", "system", "", "\ud800", "a" * 500, "\x1b[2J", "weight", "tools", "id"]
-LONG = ["a", "é", "学", "a b ", "😀", "1", "\n"]
-OTHERS = [
-    b"null",
-    b"[]",
-    b"1",
-    b'"text"',
-    b"NaN",
-    b"",
-    b" \t",
-    b"\x0b\x0c",
-    b"{}",
-    b"//",
-    b"9" * 5000,
-]
+RAW = [b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b"\x1b[31m", b"\r", b"\xe2\x80\xa8", b""]
+RAW += [b", ", b'"', b"[" * 100_000, b"9" * 5000]
 
 
 def mutated(row: dict, rng: random.Random) -> bytes:
     """Return a line of JSONL that is near a good one, or far from it."""
-    key, odd, raw = rng.choice(list(row)), rng.choice(ODD), rng.choice(RAW)
-    turns = [
-        {**rng.choice([Q, A, S]), rng.choice([*KEYS, "role"]): rng.choice(ODD)},
-        Q,
-        A,
-        A0,
-        Q,
-        A,
-    ]
-    depth, text = rng.choice([2, 900, 100_000]), rng.choice(LONG) * rng.choice([9, 20_000])
-    changed = rng.choice(
-        [
-            row,
-            row | {key: odd},
-            row | {rng.choice(KEYS): odd},
-            {k: v for k, v in row.items() if k != key},
-            {"messages": rng.sample(turns, rng.randint(1, 6))},
-            {"messages": [Q, {**A, "weight": odd}, *turns[4:]]},
-            row | {key: f"{row[key]}{text}\x1b[31m\u202e<|im_end|>\ufeff"},
-        ]
-    )
-    line = json.dumps(changed, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    at = rng.randrange(len(line))
-    return rng.choice(
-        [
-            *[line] * 5,
-            line[:at] + raw + line[at:],
-            line[:at] + bytes([line[at] ^ 1 << rng.randrange(8)]) + line[at + 1 :],
-            line[:at],
-            line[:-1] + b", " + line[1:],
-            line.decode("utf-8", "replace").encode(rng.choice(["utf-16", "gb18030"])),
-            b'{"query": "q", "answer": ' + b"[" * depth + b"]" * rng.choice([depth, 1]) + b"}",
-            rng.choice(OTHERS),
-        ]
-    ).replace(b"\n", b" ")
+    odd = row | {rng.choice([*row, *KEYS]): rng.choice(ODD)}
+    value = rng.choice([row, odd, odd, {"messages": rng.choice(ODD)}, rng.choice(ODD)])
+    line = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    at, raw = rng.randrange(len(line)), rng.choice(RAW)
+    lines = [line, line, line[:at], line[:at] + raw + line[at:], line[:at] + raw + line[at + 1 :]]
+    return rng.choice(lines).replace(b"\n", b" ")
 
 
 def test_fuzz(encoded, write_rows, tiny_tokenizer):
     """Each of many mutated lines is named with a reason, or trained by the label law."""
     rng, number = random.Random(0), int(os.environ.get("FUZZ_LINES", 1500))
     good = [json.loads(x) for x in (ROOT / "data" / "train.jsonl").read_bytes().splitlines()]
-    good = [row for row in good if "query" in row]
     lines = [mutated(rng.choice(good), rng) for _ in range(number)]
-    path = write_rows(b"\n".join(lines))
-    rows = encoded(path, num_proc=3)
+    rows = encoded(write_rows(b"\n".join(lines)), num_proc=3)
     assert [r["line"] for r in rows] == [i for i, x in enumerate(lines, 1) if x and not x.isspace()]
     start = tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")
     for row in rows:
@@ -582,12 +457,12 @@ def test_fuzz(encoded, write_rows, tiny_tokenizer):
         if error:
             assert len(error) < 500 and error.isprintable() and not row["num_tokens"], line[:300]
             continue
-        turns = parse_row(json.loads(line.removeprefix(b"\xef\xbb\xbf")), "default")
+        turns = parse_row(json.loads(line), "default")
         texts = [t["content"] + "<|im_end|>" for t in turns[2::2] if t.get("weight") != 0]
         expected = unicodedata.normalize("NFC", "".join(texts))
         trained = row["labels"][row["labels"] != IGNORE_INDEX]
         assert tiny_tokenizer.decode(trained) == expected, line[:300]
         assert (row["input_ids"] == start).sum() == len(turns)
     refused = int((rows["num_tokens"] == 0).sum())
-    assert number / 10 < refused < number
+    assert number / 10 < refused < 0.9 * number
     print(f"\n{number} lines: {len(rows) - refused} encoded, {refused} refused")
