@@ -533,7 +533,7 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
         disk.mkdir(exist_ok=True)
         mount = lambda how: subprocess.run(
             f"mount -t tmpfs -o {how} none {disk}", shell=True, check=True
-        )  # noqa: E731, E501
+        )
         mount(f"size={size}k")
         try:
             (output_dir / "notes.txt").write_text("mine")

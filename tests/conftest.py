@@ -13,6 +13,7 @@ import runs
 CACHE = tempfile.mkdtemp(prefix="sft-qwen2-tests-")
 os.environ |= runs.CPU_ONLY | {"HF_DATASETS_CACHE": CACHE, "WANDB_MODE": "disabled"}
 
+import torch_2_11  # noqa: E402, F401
 import transformers  # noqa: E402
 
 ROOT = runs.ROOT

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import throughput
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,10 +46,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(tmp_path)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_throughput_counts_the_matrix_products_that_run(checkpointing, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import throughput
-
+def test_throughput_counts_the_matrix_products_that_run(checkpointing):
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
     config = transformers.Qwen2Config(**sizes, **heads)

@@ -4,10 +4,10 @@ import itertools
 import random
 import re
 import shutil
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import memory
 import numpy as np
 import psutil
 import pytest
@@ -19,9 +19,6 @@ import sft_qwen2
 from sft import memory_plan as mp
 from sft.memory_plan import GIB, Job, choose_precision, device_loads, fits, place
 from sft.rows import UserError
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import memory
 
 AMPERE, VOLTA = (8, 0), (7, 0)
 ON_ONE = [(AMPERE, False, 1), (AMPERE, True, 1), (VOLTA, False, 1), (None, False, 1)]
