@@ -203,7 +203,10 @@ def moments(cache: Path) -> dict:
         at(encoded_rows, "encode_parts", action)
 
     return {
-        "start": lambda action: (os.environ.update(HF_DATASETS_CACHE=str(cache)), action()),
+        "start": lambda action: (
+            os.environ.update(HF_DATASETS_CACHE=str(cache)),
+            at(sft_qwen2, "run", action),
+        ),
         "encoding": encoding,
         "record": lambda action: at(run_folder, "lock_folder", action),
         "rejected": lambda action: at(encoded_rows, "write_rejected", action),

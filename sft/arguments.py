@@ -190,5 +190,7 @@ def parse_arguments(argv: list[str], script_arguments, defaults: dict) -> tuple:
             raise ValueError(f"--report_to {name}: {why}")
     except (OSError, ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:  # what reports to wandb and others is imported here
+        parser.exit(130, "stopped    before anything began\n")
     args.chosen_optim = values["optim"]
     return args, training_args
