@@ -1,6 +1,6 @@
 """Compare token_stats.py's reading with two tokenizer.encode calls a row; measure its memory.
 
-    python benchmarks/token_stats.py --data train.jsonl --model qwen2-7b [--memory]
+    python benchmarks/encoding.py --data train.jsonl --model qwen2-7b [--memory]
 
 The runs are interleaved, each with an empty cache. Prints a Markdown table, its machine and
 versions. Imports and the tokenizer's loading are not timed. --memory: 10,000 and 1,000,000 rows.
