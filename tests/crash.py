@@ -45,7 +45,7 @@ from sft.run_folder import (
 
 STEPS, ROWS_PER_STEP = 6, 4
 ROWS = STEPS * ROWS_PER_STEP // 2  # two epochs: the second one's order is to be found again, too
-SIZES = {"hidden_size": 128, "intermediate_size": 128}  # enough for 8-bit state
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}  # for 8-bit state
 CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree")
 SAVE = STEPS - 2  # the step whose save is killed: the one before is to be deleted in it
 STATE = ("optimizer.pt", "scheduler.pt", ".distcp")  # ends of names, beside the weights

@@ -420,7 +420,8 @@ def test_a_log_that_cannot_be_written_is_written_when_it_can_be(run, finished, t
 def main_without_a_console(closed: bool, argv: list[str]) -> int:
     read, console = os.pipe()
     os.close(read)
-    os.dup2(console if closed else os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
+    full = os.open("/dev/full", os.O_WRONLY)
+    sys.stdout = os.fdopen(console if closed else full, "w")  # it is flushed at the exit, too
     return sft_qwen2.main(argv)
 
 
