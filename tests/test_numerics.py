@@ -4,8 +4,10 @@ Where there is a GPU: python -m pytest --noconftest -m gpu tests/test_numerics.p
 (conftest.py hides GPUs from the other tests).
 """
 
+import inspect
 import io
 import json
+import math
 import os
 import sysconfig
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch_2_11
 import transformers
+from torch.nn.attention import varlen
 from torch.nn.functional import cross_entropy
 
 import sft_qwen2
@@ -147,52 +150,25 @@ def formats(parameters, optimizer) -> dict:
 EXPECTED = {"matrix": BLOCK, "narrow": torch.float32, "small": torch.float32, "norm": torch.float32}
 
 
-def test_matrices_have_8_bits_and_all_else_fp32(eager):
-    parameters, optimizer = make_optimizer()
-    step(parameters, optimizer)
-    assert formats(parameters, optimizer) == EXPECTED
+def test_saved_and_loaded_it_steps_on_as_if_never_stopped(eager):
+    """Matrices have state of 8 bits, and all else of fp32, before and after."""
     assert BLOCK == 128  # it divides 896, 1536, 3584, 8192: no block straddles rows of any Qwen2
-
-
-def test_the_second_moment_of_norms_falls_as_that_of_adamw_does(eager):
-    parameters, optimizer = make_optimizer({"norm": (256,)})
-    other = {"norm": torch.nn.Parameter(parameters["norm"].detach().float())}
-    adamw = torch.optim.AdamW(other.values(), lr=1e-2)
-    for number in range(200):
-        for these, by in ((parameters, optimizer), (other, adamw)):
-            step(these, by, seed=number, size=1.0 if number < 20 else 0.01)
-    states = [by.state[p["norm"]] for p, by in ((parameters, optimizer), (other, adamw))]
-    found, wanted = (state["exp_avg_sq"] for state in states)
-    assert relative(found, wanted) < 5e-3  # gradients are rounded; bf16 state is off by 0.2
-
-
-@pytest.mark.parametrize("by", ["torch.save", "distributed checkpoint"])
-def test_saved_and_loaded_it_steps_on_as_if_never_stopped(eager, tmp_path, by):
     parameters, optimizer = make_optimizer()
     for number in range(2):
         step(parameters, optimizer, number)
-    saved = {"optimizer": optimizer.state_dict(), "values": parameters}
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "values": parameters}, file)
+    file.seek(0)
+    saved = torch.load(file)
     others, loaded = make_optimizer()
-    if by == "torch.save":
-        file = io.BytesIO()
-        torch.save(saved, file)
-        file.seek(0)
-        saved = torch.load(file)
-    else:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(saved, checkpoint_id=tmp_path)
-        step(others, loaded, 7)  # a state to load into
-        saved = {"optimizer": loaded.state_dict(), "values": others}
-        dcp.load(saved, checkpoint_id=tmp_path)
     loaded.load_state_dict(saved["optimizer"])
     with torch.no_grad():
         for name, value in saved["values"].items():
             others[name].copy_(value)
     torch.rand(3)  # what others draw does not matter
-    assert formats(others, loaded) == EXPECTED
-    for these, by_whom in ((parameters, optimizer), (others, loaded)):
-        step(these, by_whom, 2)
+    for these, by in ((parameters, optimizer), (others, loaded)):
+        assert formats(these, by) == EXPECTED
+        step(these, by, 2)
     for name, value in parameters.items():
         assert torch.equal(value, others[name]), name
 
@@ -286,6 +262,44 @@ def test_attention_on_device(device, dtype):
     changed = [x.detach().index_fill(2, last, 9.0) for x in qkv]
     other = sft_qwen2.row_attention(None, *changed, None, **bounds)[0]
     assert (other != found).flatten(2).any(-1).nonzero().tolist() == [[0, int(last)]]
+
+
+@pytest.mark.parametrize("has_torch_2_13", [True, False])
+def test_what_the_kernel_is_asked_for(monkeypatch, has_torch_2_13):
+    """What the GPU's kernel computes by its arguments, computed here: causal, inside each row."""
+    kernel = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args, **options):
+        asked = kernel.bind(*args, **options)
+        asked.apply_defaults()
+        q, k, v, bounds, k_bounds, longest, *_ = asked.args
+        asked = asked.arguments
+        assert asked["enable_gqa"] == has_torch_2_13 and bounds.equal(k_bounds)
+        assert asked["scale"] == 0.125 and longest == asked["max_k"] == max(seq_lens)
+        before, behind = (math.inf if n < 0 else n for n in asked["window_size"])
+        row = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff())
+        ahead = torch.arange(len(q)) - torch.arange(len(q))[:, None]
+        seen = (row == row[:, None]) & (-before <= ahead) & (ahead <= behind)
+        qkv = (x.transpose(0, 1)[None] for x in (q, k, v))
+        options = {"attn_mask": seen, "scale": asked["scale"], "enable_gqa": asked["enable_gqa"]}
+        found = torch.nn.functional.scaled_dot_product_attention(*qkv, **options)
+        return found[0].transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(numerics, "HAS_TORCH_2_13", has_torch_2_13)
+    seq_lens = [1, 37, 20]
+    bounds = torch.tensor([0, *np.cumsum(seq_lens)], dtype=torch.int32)
+    qkv = [torch.randn(1, heads, sum(seq_lens), 64) for heads in (6, 2, 2)]
+    found = numerics.varlen_attention(*qkv, seq_lens, bounds, 0.125)
+    assert relative(found.double(), exact_attention(qkv, seq_lens)) < 1e-6
+
+
+def test_attention_is_in_the_dtype_of_the_values():
+    """Under autocast, queries and keys come in fp32."""
+    formats = (torch.float32, torch.float32, torch.float16)
+    q, k, v = (torch.randn(1, 2, 5, 64, dtype=dtype) for dtype in formats)
+    found = sft_qwen2.row_attention(None, q, k, v, None, seq_lens=[2, 3], scaling=0.125)[0]
+    assert found.dtype == torch.float16
 
 
 @CPU_AND_GPU
