@@ -34,14 +34,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import crash  # noqa: E402, first: it sets what torch reads when it is imported
-import launch  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet  # noqa: E402
-import torch  # noqa: E402
+import crash  # first: it sets what torch reads when it is imported
+import launch
+import pyarrow as pa
+import pyarrow.parquet
+import torch
 
-import sft_qwen2  # noqa: E402
-from sft import arguments, encoded_rows, run_folder  # noqa: E402
+import sft_qwen2
+from sft import arguments, encoded_rows, run_folder
 
 LINE = b'{"query": "What is 2 + 2?", "answer": "4"}'
 STEPS, SIGNALS = 4, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -354,7 +354,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
         folder = attacker.new_folder()
         (folder / "notes.jsonl").write_bytes(LINE)
         path = make(folder) or folder
-        act = lambda: change and change(path / "train.jsonl")  # noqa: E731
+        act = lambda: change and change(path / "train.jsonl")
         read(path, "", finish, lambda: at(encoded_rows, "encode_parts", act))
 
     def named(*names, content=LINE):
@@ -379,7 +379,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
     cases["lines"] = partial(case, "train.jsonl", LINE + b"\r" + LINE)
     for name, content in bad_tables(rng).items():
         cases[f"parquet {name}"] = partial(case, "train.parquet", content)
-    link = lambda target: lambda folder: os.symlink(target, folder / "train.jsonl")  # noqa: E731
+    link = lambda target: lambda folder: os.symlink(target, folder / "train.jsonl")
     makes = {
         "folder": lambda x: (x / "train.jsonl").mkdir(),
         "pipe": lambda x: os.mkfifo(x / "train.json"),
@@ -400,7 +400,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
     hidden = {"query": "\x1b[2J\x07\u202e", "answer": "b", "\x1b]0;x": 1, "n": float("inf")}
     fine["hidden"] = named("train.jsonl", content=json.dumps(hidden).encode())
     cases |= {x: partial(special, make, x in fine) for x, make in (makes | fine).items()}
-    new = lambda folder: named("train.jsonl", content=LINE + b" " * rng.randrange(99))(folder)  # noqa: E731
+    new = lambda folder: named("train.jsonl", content=LINE + b" " * rng.randrange(99))(folder)
     changes = {"grows": lambda path: path.write_bytes(LINE * 2), "is gone": Path.unlink}
     changes["is replaced"] = lambda path: os.replace(path.with_name("notes.jsonl"), path)
     return cases | {f"{x} while read": partial(special, new, False, f) for x, f in changes.items()}
@@ -427,7 +427,7 @@ def edit(path: Path, values: dict) -> None:
 def tampering(attacker: Attacker, rng: random.Random) -> dict:
     """Changed files of checkpoints (of one process, and of two shards), records and models."""
     folder, cases, ran = attacker.folder, {}, attacker.ran
-    stop = lambda: crash.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    stop = lambda: crash.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     (folder / "one").mkdir()
     attacker.end(attacker.run(attacker.argv(folder / "one"), stop), attacker.console)
     assert attacker.run_shards(folder / "two")[0] == [0, 0]
@@ -458,7 +458,7 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
         attacker.attempt(attacker.argv(attacker.new_folder(), **more), finish=True)
 
     for how in WAYS:
-        hurt = lambda name, how=how: lambda x: damage(x / name, how, ran, rng)  # noqa: E731
+        hurt = lambda name, how=how: lambda x: damage(x / name, how, ran, rng)
         for base, checkpoint in bases.items():
             for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
                 name = str(path.relative_to(checkpoint))
@@ -472,12 +472,12 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
             cases[f"model: {path.name} {how}"] = partial(trained, hurt(path.name))
     keys = "global_step epoch log_history stateful_callbacks best_model_checkpoint max_steps x"
     for key, value in itertools.product(keys.split(), (*VALUES, "../..", [1])):
-        change = lambda x, k=key, v=value: edit(x / "trainer_state.json", {k: v})  # noqa: E731
+        change = lambda x, k=key, v=value: edit(x / "trainer_state.json", {k: v})
         cases[f"state {key} {value}"] = partial(resumed, "one", change)
     targets = ("notes.txt", "..", "nowhere")
     names = (run_folder.LOCK, run_folder.ASIDE, "metrics.jsonl", "rejected.jsonl", "run.json.new")
     for name, target in itertools.product(names, targets):
-        change = lambda x, n=name, t=target: os.symlink(t, x.parent / n)  # noqa: E731
+        change = lambda x, n=name, t=target: os.symlink(t, x.parent / n)
         cases[f"link {name} to {target}"] = partial(resumed, "one", change)
     evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
     auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
@@ -493,11 +493,11 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
     own += [{"custom_generate": "evil.py"}, {"quantization_config": {"quant_method": "bnb"}}]
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         for values in own:
-            change = lambda x, n=name, v=values: coded(x, n, v)  # noqa: E731
+            change = lambda x, n=name, v=values: coded(x, n, v)
             cases[f"code: {name} {values}"] = partial(trained, change)
         known = json.loads((folder / "model" / name).read_text())
         for key, value in itertools.product(known, VALUES):
-            change = lambda x, n=name, k=key, v=value: edit(x / n, {k: v})  # noqa: E731
+            change = lambda x, n=name, k=key, v=value: edit(x / n, {k: v})
             cases[f"model: {name} {key} {value!r}"] = partial(trained, change)
     extra = {f"template {x}": ("chat_template.jinja", x) for x in split(TEMPLATES)}
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../x.safetensors"}}
@@ -510,7 +510,7 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
         cases[name] = partial(trained, lambda x, p=path, t=text: (x / p).write_text(t))
     weights = "model.safetensors"
     for name in ("pytorch_model.bin", "model.safetensors.index.json"):  # in place of the weights
-        change = lambda x, n=name: torch.save(Touch(ran), (x / weights).rename(x / n))  # noqa: E731
+        change = lambda x, n=name: torch.save(Touch(ran), (x / weights).rename(x / n))
         cases[f"only {name}"] = partial(trained, change)
     return cases
 
@@ -532,11 +532,11 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
 
     def small(size, of_cache):
         output_dir = attacker.new_folder()
-        disk, start = output_dir / "cache" * of_cache, moments(output_dir / "cache")["start"]
+        disk, start = output_dir / ("cache" * of_cache), moments(output_dir / "cache")["start"]
         disk.mkdir(exist_ok=True)
         mount = lambda how: subprocess.run(
             f"mount -t tmpfs -o {how} none {disk}", shell=True, check=True
-        )  # noqa: E731, E501
+        )
         mount(f"size={size}k")
         try:
             (output_dir / "notes.txt").write_text("mine")
