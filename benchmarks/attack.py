@@ -12,6 +12,7 @@ Writes results/attack.json. Exit code 1: there were problems, which are printed.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -34,14 +36,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import crash  # noqa: E402, first: it sets what torch reads when it is imported
-import launch  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet  # noqa: E402
-import torch  # noqa: E402
+import crash  # first: it sets what torch reads when it is imported
+import forks
+import pyarrow as pa
+import pyarrow.parquet
+import runs
+import torch
 
-import sft_qwen2  # noqa: E402
-from sft import arguments, encoded_rows, run_folder  # noqa: E402
+import sft_qwen2
+from sft import arguments, encoded_rows, run_folder
 
 LINE = b'{"query": "What is 2 + 2?", "answer": "4"}'
 STEPS, SIGNALS = 4, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,6 +59,39 @@ class Touch:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def start(argv: list[str], log: Path, before) -> int:
+    """Fork a run of the script, its output appended to the log; return its process id."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    code = 70
+    try:
+        before()
+        code = sft_qwen2.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float = 600) -> int | None:
+    """Return the exit code (-signal if killed), or None once seconds have passed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
 
 
 class Attacker:
@@ -99,13 +135,13 @@ class Attacker:
             )
             before()
 
-        return crash.start(argv, console, begin)
+        return start(argv, console, begin)
 
     def end(self, pid: int, console: int, seconds: float = 120) -> tuple[int | None, str]:
         """Wait; return (exit code, what the run said), having looked for what no run may do."""
         parts, until, code = [], time.monotonic() + seconds, None
         while code is None and time.monotonic() < until:
-            code = crash.wait(pid, 0.05)
+            code = wait(pid, 0.05)
             with suppress(BlockingIOError):
                 while part := os.read(console, 2**16):
                     parts.append(part)
@@ -113,7 +149,7 @@ class Attacker:
         text = b"".join(parts).decode(errors="replace")
         if code is None:
             os.kill(pid, signal.SIGKILL)
-            crash.wait(pid)
+            wait(pid)
             self.problem(f"does not end: {text[-300:]}")
         for bad in ("Traceback", "\x1b"):
             if bad in text:
@@ -144,12 +180,13 @@ class Attacker:
             self.problem(f"resumed, exit code {code}: {found}")
         self.counts[self.kind]["same"] += code == 0 and not found
 
-    def run_shards(self, output_dir: Path, **more) -> tuple[list, str]:
+    def run_shards(self, output_dir: Path, *actions, **more) -> tuple[list, str]:
         """Run two processes that share the model out; return (exit codes, what they said)."""
         more |= {"per_device_train_batch_size": crash.ROWS_PER_STEP // 2, "save_total_limit": 9}
-        jobs, argv = self.folder / "jobs", self.argv(output_dir, **more)
-        codes = launch.run({"world": 2, "compute": "fp32", "folder": str(jobs), "argv": argv})
-        return codes, "".join((jobs / f"log-{rank}").read_text() for rank in (0, 1))
+        actions = [partial(forks.take_for_gpu, "fp32", True), *actions]
+        call = (forks.main_after, actions, self.argv(output_dir, **more))
+        ended = forks.run(self.folder / "shards.log", call, call)
+        return ended.codes, "".join(ended.texts)
 
     def begin(self, kind: str) -> None:
         self.kind, self.counts[kind] = kind, Counter(tried=0, refused=0, same=0, problems=0)
@@ -170,9 +207,9 @@ class Attacker:
     def set_up(self) -> None:
         """Make the model, the data, and the run to which nothing happens."""
         if (pid := os.fork()) == 0:  # the parent computes nothing: threads would not survive a fork
-            crash.make_model(self.folder / "model")
+            runs.make_model(self.folder / "model")
             os._exit(0)
-        crash.wait(pid)
+        wait(pid)
         train, validation = (self.folder / "data" / f"{x}.jsonl" for x in ("train", "validation"))
         train.parent.mkdir()
         crash.make_data(train, STEPS * crash.ROWS_PER_STEP)
@@ -354,7 +391,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
         folder = attacker.new_folder()
         (folder / "notes.jsonl").write_bytes(LINE)
         path = make(folder) or folder
-        act = lambda: change and change(path / "train.jsonl")  # noqa: E731
+        act = lambda: change and change(path / "train.jsonl")
         read(path, "", finish, lambda: at(encoded_rows, "encode_parts", act))
 
     def named(*names, content=LINE):
@@ -379,7 +416,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
     cases["lines"] = partial(case, "train.jsonl", LINE + b"\r" + LINE)
     for name, content in bad_tables(rng).items():
         cases[f"parquet {name}"] = partial(case, "train.parquet", content)
-    link = lambda target: lambda folder: os.symlink(target, folder / "train.jsonl")  # noqa: E731
+    link = lambda target: lambda folder: os.symlink(target, folder / "train.jsonl")
     makes = {
         "folder": lambda x: (x / "train.jsonl").mkdir(),
         "pipe": lambda x: os.mkfifo(x / "train.json"),
@@ -400,7 +437,7 @@ def files(attacker: Attacker, rng: random.Random) -> dict:
     hidden = {"query": "\x1b[2J\x07\u202e", "answer": "b", "\x1b]0;x": 1, "n": float("inf")}
     fine["hidden"] = named("train.jsonl", content=json.dumps(hidden).encode())
     cases |= {x: partial(special, make, x in fine) for x, make in (makes | fine).items()}
-    new = lambda folder: named("train.jsonl", content=LINE + b" " * rng.randrange(99))(folder)  # noqa: E731
+    new = lambda folder: named("train.jsonl", content=LINE + b" " * rng.randrange(99))(folder)
     changes = {"grows": lambda path: path.write_bytes(LINE * 2), "is gone": Path.unlink}
     changes["is replaced"] = lambda path: os.replace(path.with_name("notes.jsonl"), path)
     return cases | {f"{x} while read": partial(special, new, False, f) for x, f in changes.items()}
@@ -427,7 +464,7 @@ def edit(path: Path, values: dict) -> None:
 def tampering(attacker: Attacker, rng: random.Random) -> dict:
     """Changed files of checkpoints (of one process, and of two shards), records and models."""
     folder, cases, ran = attacker.folder, {}, attacker.ran
-    stop = lambda: crash.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    stop = lambda: crash.at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     (folder / "one").mkdir()
     attacker.end(attacker.run(attacker.argv(folder / "one"), stop), attacker.console)
     assert attacker.run_shards(folder / "two")[0] == [0, 0]
@@ -458,7 +495,7 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
         attacker.attempt(attacker.argv(attacker.new_folder(), **more), finish=True)
 
     for how in WAYS:
-        hurt = lambda name, how=how: lambda x: damage(x / name, how, ran, rng)  # noqa: E731
+        hurt = lambda name, how=how: lambda x: damage(x / name, how, ran, rng)
         for base, checkpoint in bases.items():
             for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
                 name = str(path.relative_to(checkpoint))
@@ -472,12 +509,12 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
             cases[f"model: {path.name} {how}"] = partial(trained, hurt(path.name))
     keys = "global_step epoch log_history stateful_callbacks best_model_checkpoint max_steps x"
     for key, value in itertools.product(keys.split(), (*VALUES, "../..", [1])):
-        change = lambda x, k=key, v=value: edit(x / "trainer_state.json", {k: v})  # noqa: E731
+        change = lambda x, k=key, v=value: edit(x / "trainer_state.json", {k: v})
         cases[f"state {key} {value}"] = partial(resumed, "one", change)
     targets = ("notes.txt", "..", "nowhere")
     names = (run_folder.LOCK, run_folder.ASIDE, "metrics.jsonl", "rejected.jsonl", "run.json.new")
     for name, target in itertools.product(names, targets):
-        change = lambda x, n=name, t=target: os.symlink(t, x.parent / n)  # noqa: E731
+        change = lambda x, n=name, t=target: os.symlink(t, x.parent / n)
         cases[f"link {name} to {target}"] = partial(resumed, "one", change)
     evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
     auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
@@ -493,11 +530,11 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
     own += [{"custom_generate": "evil.py"}, {"quantization_config": {"quant_method": "bnb"}}]
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         for values in own:
-            change = lambda x, n=name, v=values: coded(x, n, v)  # noqa: E731
+            change = lambda x, n=name, v=values: coded(x, n, v)
             cases[f"code: {name} {values}"] = partial(trained, change)
         known = json.loads((folder / "model" / name).read_text())
         for key, value in itertools.product(known, VALUES):
-            change = lambda x, n=name, k=key, v=value: edit(x / n, {k: v})  # noqa: E731
+            change = lambda x, n=name, k=key, v=value: edit(x / n, {k: v})
             cases[f"model: {name} {key} {value!r}"] = partial(trained, change)
     extra = {f"template {x}": ("chat_template.jinja", x) for x in split(TEMPLATES)}
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../x.safetensors"}}
@@ -510,7 +547,7 @@ def tampering(attacker: Attacker, rng: random.Random) -> dict:
         cases[name] = partial(trained, lambda x, p=path, t=text: (x / p).write_text(t))
     weights = "model.safetensors"
     for name in ("pytorch_model.bin", "model.safetensors.index.json"):  # in place of the weights
-        change = lambda x, n=name: torch.save(Touch(ran), (x / weights).rename(x / n))  # noqa: E731
+        change = lambda x, n=name: torch.save(Touch(ran), (x / weights).rename(x / n))
         cases[f"only {name}"] = partial(trained, change)
     return cases
 
@@ -522,6 +559,8 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
         if attacker.attempt(attacker.argv(output_dir), before, finish=True) == 0:
             for found in crash.differences(attacker.reference, output_dir):
                 attacker.problem(f"exit code 0, but {found}")
+            if not run_folder.whole_checkpoints(output_dir):  # no room for one; nothing to resume
+                return
         make_room()
         attacker.compare(output_dir)
 
@@ -532,7 +571,7 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
 
     def small(size, of_cache):
         output_dir = attacker.new_folder()
-        disk, start = output_dir / "cache" * of_cache, moments(output_dir / "cache")["start"]
+        disk, start = output_dir / ("cache" * of_cache), moments(output_dir / "cache")["start"]
         disk.mkdir(exist_ok=True)
         mount = lambda how: subprocess.run(
             f"mount -t tmpfs -o {how} none {disk}", shell=True, check=True
@@ -549,10 +588,8 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
         output_dir, reference = attacker.new_folder(), attacker.folder / "shards"
         if not reference.exists():
             assert attacker.run_shards(reference)[0] == [0, 0]
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        codes, text = attacker.run_shards(output_dir)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        limit = (resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        codes, text = attacker.run_shards(output_dir, partial(resource.setrlimit, *limit))
         if "Traceback" in text or set(codes) - {0, 1}:
             attacker.problem(f"{codes}: {text[-900:]}")
         codes, text = attacker.run_shards(output_dir, resume=True)
@@ -595,8 +632,8 @@ def signals(attacker: Attacker, rng: random.Random) -> dict:
 
     def two_runs(step):
         output_dir = attacker.new_folder()
-        argv, wait = attacker.argv(output_dir), partial(crash.at_step, step, partial(time.sleep, 6))
-        first, console = attacker.run(argv, wait), attacker.console
+        argv, pause = attacker.argv(output_dir), partial(crash.at_step, step, time.sleep, 6)
+        first, console = attacker.run(argv, pause), attacker.console
         time.sleep(3)
         attacker.attempt([*argv, "--resume", "True"], words="in use by")
         if attacker.end(first, console)[0] != 0:
@@ -624,7 +661,7 @@ def kills(attacker: Attacker, number: int) -> None:
     attacker.begin("kills")
     found = json.loads(done.stdout[done.stdout.index("{") :])
     [attacker.problem(what[-900:]) for what in found["differences"]]
-    tried = found["kills"] + found["killed_at_calls"]
+    tried = sum(n for name, n in found.items() if name.startswith("kill"))
     attacker.counts["kills"].update(tried=tried, same=tried - len(found["differences"]))
 
 
@@ -637,7 +674,7 @@ def main() -> int:
     args = parser.parse_args()
     folder, began = Path(tempfile.mkdtemp(prefix="attack-")), time.monotonic()
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-    launch.load_modules()
+    importlib.import_module("imported")  # for every fork
     attacker = Attacker(folder)
     attacker.set_up()
     for kind in args.only:
