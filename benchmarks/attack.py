@@ -557,10 +557,10 @@ def disks(attacker: Attacker, rng: random.Random) -> dict:
 
     def room(output_dir, before=lambda: None, make_room=lambda: None):
         if attacker.attempt(attacker.argv(output_dir), before, finish=True) == 0:
-            for found in crash.differences(attacker.reference, output_dir):
-                attacker.problem(f"exit code 0, but {found}")
             if not run_folder.whole_checkpoints(output_dir):  # no room for one; nothing to resume
                 return
+            for found in crash.differences(attacker.reference, output_dir):
+                attacker.problem(f"exit code 0, but {found}")
         make_room()
         attacker.compare(output_dir)
 

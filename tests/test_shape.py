@@ -16,7 +16,7 @@ BUDGETS = {
     "sft/memory_plan.py": 420,
     "sft/run_folder.py": 300,
 }
-TOTAL, LONGEST_FUNCTION, TESTS = 2700, 50, 4000
+TOTAL, LONGEST_FUNCTION, TESTS = 2690, 50, 3990
 # Each may import those after it.
 ORDER = ["arguments", "callbacks", "shards", "run_folder", "memory_plan", "model_folder", "answers"]
 ORDER += ["numerics", "encoded_rows", "rows"]
