@@ -321,8 +321,7 @@ def print_plan(plan: Plan, job: Job, args, training_args, lengths: np.ndarray, b
     plain = plan.max_tokens_without_checkpointing
     which = f"micro-batches over {plain:,} tokens" if plain else "all micro-batches"
     enough = plain >= max(plan.tokens_per_forward, longest)
-    which = "nothing: memory suffices" if enough else which
-    print(f"recompute  {which}")
+    print(f"recompute  {'nothing: memory suffices' if enough else which}")
     if in_turn:
         fewer = max(1, round(training_args.gradient_accumulation_steps / gpus))
         way = f"at once: torchrun --nproc_per_node {gpus} sft_qwen2.py"

@@ -161,9 +161,7 @@ def lock_folder(output_dir: Path):
         except BlockingIOError as error:
             raise UserError(f"{output_dir} is in use by {file.read()}; wait or stop it") from error
         except OSError as error:
-            say(
-                f"{output_dir} cannot be locked, see that no other run uses it: {error}", sys.stderr
-            )
+            say(f"{output_dir} cannot be locked; let no other run use it: {error}", sys.stderr)
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
         yield

@@ -16,7 +16,7 @@ BUDGETS = {
     "sft/memory_plan.py": 420,
     "sft/run_folder.py": 300,
 }
-TOTAL, LONGEST_FUNCTION, TESTS = 2690, 50, 3990
+FIRST_FIVE, TOTAL, LONGEST_FUNCTION, TESTS = 1800, 2690, 50, 4190
 # Each may import those after it.
 ORDER = ["arguments", "callbacks", "shards", "run_folder", "memory_plan", "model_folder", "answers"]
 ORDER += ["numerics", "encoded_rows", "rows"]
@@ -45,6 +45,7 @@ def test_a_file_is_short(name):
 
 
 def test_script_and_machinery_together_are_short():
+    assert num_lines(*(ROOT / name for name in BUDGETS if name != "token_stats.py")) <= FIRST_FIVE
     assert num_lines(SCRIPT, *MACHINERY) <= TOTAL
 
 
