@@ -31,11 +31,13 @@ def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
     """Return the model's greedy answers, each with the <|im_end|> that ends it, if it comes."""
     if not questions:
         return []
-    try:
-        return generate(model, tokenizer, questions)
-    except torch.OutOfMemoryError:
-        if len(questions) == 1:
-            return ["(out of memory)"]
+    files = "generation_config.json and tokenizer_config.json"
+    with as_user_error(f"the model cannot generate; see its {files}"):
+        try:
+            return generate(model, tokenizer, questions)
+        except torch.OutOfMemoryError:
+            if len(questions) == 1:
+                return ["(out of memory)"]
     half = len(questions) // 2
     parts = (questions[:half], questions[half:])
     return [text for part in parts for text in answer(model, tokenizer, part)]
@@ -43,13 +45,11 @@ def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
 
 def generate(model, tokenizer, questions: list[tuple]) -> list[str]:
     prompts = {"input_ids": [prompt for prompt, _ in questions]}
-    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
     # The plain most likely token: the base's own generation_config may change its chances.
     options = {**limit, "do_sample": False, "repetition_penalty": 1.0}
-    kinds = (TypeError, ValueError, LookupError, AttributeError)
-    with as_user_error("the model cannot generate; see its generation_config.json", kinds):
-        outputs = model.eval().generate(**batch, **options)
+    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    outputs = model.eval().generate(**batch, **options)
     texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]
 

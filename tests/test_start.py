@@ -65,6 +65,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_importing_has_no_effect(tmp_path):
     """Importing the script prints and writes nothing, and loads no Trainer."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}

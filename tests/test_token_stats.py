@@ -115,6 +115,7 @@ def test_what_is_wrong_gets_a_sentence(stats, tmp_path, write_rows):
         assert err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_run_imports_no_trainer_and_its_reader_may_leave():
     code = """if True:
         import sys, token_stats
