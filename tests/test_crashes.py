@@ -224,7 +224,12 @@ def test_a_finished_run_is_left_alone_and_written_again(run, tmp_path):
 
 
 def test_what_others_keep_in_output_dir_is_not_touched(run, finished, tmp_path):
-    for name in ("unfinished/save", "checkpoint-2-keep/note", "checkpoint-3x/note", "notes.json"):
+    for name in (
+        "unfinished/save",
+        "checkpoint-2-keep/manifest.json",
+        "checkpoint-3x/note",
+        "notes.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     mine = contents(tmp_path)

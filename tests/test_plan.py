@@ -282,6 +282,16 @@ def test_gpus_are_one_for_each_process_and_for_dry_runs(run_main):
     assert run_main("--gpus", "4x80")[0] == 2
 
 
+def test_a_tied_head_is_no_second_table():
+    """Qwen2-1.5B's size; and of its embedding's gradient the head's part waits for the rest."""
+    job = make_job("1x80", name="1.5B")
+    assert mp.count_parameters(job.config)["model"] == 1_543_714_304
+    table = 151_936 * 1536
+    held = 1_543_714_304 * job.precision.bytes_per_parameter
+    found = mp.step_memory(job, 1, place(job, 1)[0])["embedding"]
+    assert found == pytest.approx(held + 2 * 2 * table, rel=1e-5)
+
+
 def test_an_epochs_cost_is_that_of_its_rows():
     attention = 12 * 28 * 3584 * (1000**2 + 3000**2)  # of each row by itself
     found = mp.training_flops(memory.make_config("7B"), 7e9, np.array([1000, 3000]))

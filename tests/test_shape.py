@@ -16,7 +16,7 @@ BUDGETS = {
     "sft/memory_plan.py": 420,
     "sft/run_folder.py": 300,
 }
-FIRST_FIVE, TOTAL, LONGEST_FUNCTION, TESTS = 1800, 2690, 50, 4190
+FIRST_FIVE, TOTAL, LONGEST_FUNCTION, TESTS = 1800, 2690, 50, 4200
 # Each may import those after it.
 ORDER = ["arguments", "callbacks", "shards", "run_folder", "memory_plan", "model_folder", "answers"]
 ORDER += ["numerics", "encoded_rows", "rows"]
