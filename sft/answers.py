@@ -45,10 +45,10 @@ def answer(model, tokenizer, questions: list[tuple]) -> list[str]:
 
 def generate(model, tokenizer, questions: list[tuple]) -> list[str]:
     prompts = {"input_ids": [prompt for prompt, _ in questions]}
+    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     limit = {"max_new_tokens": ANSWER_TOKENS, "max_length": None}
     # The plain most likely token: the base's own generation_config may change its chances.
     options = {**limit, "do_sample": False, "repetition_penalty": 1.0}
-    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     outputs = model.eval().generate(**batch, **options)
     texts = tokenizer.batch_decode(outputs[:, batch["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]

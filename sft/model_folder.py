@@ -54,6 +54,7 @@ def load_tokenizer(encode, name_or_path: str, system_prompt: str):
 
 
 def check_tokenizer(encode, tokenizer, name_or_path: str) -> None:
+    """Raise UserError as load_tokenizer says, by a conversation that is encoded in both ways."""
     texts = {"system": "S 1", "user": " two\nlines ", "assistant": "你好!"}
     probe = [{"role": r, "content": texts[r]} for r in ("system", *("user", "assistant") * 2)]
     ids, rendered, text = encode(probe, tokenizer)["input_ids"], [], ""

@@ -38,9 +38,10 @@ class ShardedCheckpoints:
         shards = Path(checkpoint, part)
         if shards.exists():
             ContentsReader(io.BytesIO((shards / ".metadata").read_bytes())).load()
-        elif self.is_fsdp_enabled:
+            return None if self.is_fsdp_enabled else shards
+        if self.is_fsdp_enabled:
             raise UserError(f"{checkpoint}: one process saved it; resume it without torchrun")
-        return None if self.is_fsdp_enabled or not shards.exists() else shards
+        return None
 
     def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
         shards = self.find_shards(checkpoint, "pytorch_model_fsdp_0")
