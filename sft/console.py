@@ -9,10 +9,8 @@ import warnings
 
 import tqdm
 
-# Control characters, the Unicode ones that turn or hide text among them. A terminal obeys them.
-NOT_PRINTABLE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+# A terminal obeys these: control characters but tab and newline, and marks that reorder text.
+NOT_PRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def say(text: str, file=None) -> None:
