@@ -1,10 +1,10 @@
 """What is printed, and that printing never ends a run."""
 
 import io
-import logging
 import os
 import re
 import sys
+import unicodedata
 import warnings
 
 import tqdm
@@ -25,13 +25,27 @@ def printable(text: str) -> str:
     return NOT_PRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def split_columns(text: str, num_columns: int) -> list[str]:
+    """Return a text in pieces that take at most so many columns of a terminal, at least one."""
+    pieces = [""]
+    used = 0
+    for character in text:
+        width = 1
+        if unicodedata.east_asian_width(character) in "WF":
+            width = 2
+        if used + width > num_columns:
+            pieces.append("")
+            used = 0
+        pieces[-1] += character
+        used += width
+    return pieces
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say about their own affairs; whatever fails still raises."""
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     is_first_process = os.environ.get("RANK", "0") == "0"
     if not sys.stderr.isatty() or not is_first_process:
@@ -39,8 +53,9 @@ def quiet_libraries() -> None:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
+# ---- A console that goes away -------------------------------------------------------------------
 class LastingFile(io.FileIO):
-    """A file that drops what cannot be written: its reader is gone, or its disk is full."""
+    """A file that drops what it cannot write: its reader is gone, or its disk is full."""
 
     def write(self, data) -> int:
         try:
@@ -49,9 +64,18 @@ class LastingFile(io.FileIO):
             return len(data)
 
 
-def keep_printing(stream):
-    """Return the process's stdout or stderr as a stream whose writing never raises."""
-    raw = LastingFile(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True
-    )
+def outlive_console() -> None:
+    """Let a run go on where stdout and stderr cannot be written, or lack a character."""
+    if os.name != "posix":  # a console of Windows is no file
+        return
+    if sys.stdout is sys.__stdout__:  # else a test or a notebook has put its own there
+        sys.stdout = lasting_stream(sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = lasting_stream(sys.stderr)
+
+
+def lasting_stream(stream) -> io.TextIOBase:
+    if stream is None:  # the process was started with this stream closed
+        return open(os.devnull, "w")
+    buffer = io.BufferedWriter(LastingFile(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
