@@ -21,11 +21,11 @@ PEAK_TFLOPS = {
     "H200": 989,
     # https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
     "L40S": 362,
-    # https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf
+    # https://www.nvidia.com/en-gb/data-center/tesla-v100/
     "V100-PCIE": 112,
     "V100-SXM2": 125,
     "V100S-PCIE": 130,
-    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/tesla-t4/t4-tensor-core-datasheet-951643.pdf
+    # https://www.nvidia.com/en-us/data-center/tesla-t4/
     "Tesla T4": 65,
     # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
     "RTX 4090": 165,
