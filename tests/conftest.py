@@ -4,16 +4,23 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-import runs
+
+HARNESS = str(Path(__file__).parent / "harness")
+if HARNESS not in sys.path:
+    sys.path.append(HARNESS)
+
+import runs  # noqa: E402
 
 CACHE = tempfile.mkdtemp(prefix="sft-qwen2-tests-")
-os.environ |= runs.CPU_ONLY | {"HF_DATASETS_CACHE": CACHE, "WANDB_MODE": "disabled"}
+os.environ.update(runs.CPU_ONLY)
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_DATASETS_CACHE"] = CACHE
 
-import torch_2_11  # noqa: E402, F401
 import transformers  # noqa: E402
 
 ROOT = runs.ROOT
@@ -40,16 +47,21 @@ def qwen2_tokenizer():
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     package = Path(importlib.util.find_spec("dashscope").origin).parent
-    vocabulary = str(package / "resources" / "qwen.tiktoken")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    converter = TikTokenConverter(vocabulary, QWEN2_PATTERN, extra_special_tokens=special)
+    vocabulary = package / "resources" / "qwen.tiktoken"
+    control_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    converter = TikTokenConverter(
+        str(vocabulary), QWEN2_PATTERN, extra_special_tokens=control_tokens
+    )
     backend = converter.converted()
     backend.normalizer = normalizers.NFC()
-    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
     tokenizer = transformers.Qwen2Tokenizer(
-        tokenizer_object=backend, additional_special_tokens=special[1:], **tokens
+        tokenizer_object=backend,
+        additional_special_tokens=control_tokens[1:],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
     )
-    assert tokenizer.convert_tokens_to_ids(special) == [151643, 151644, 151645]
+    assert tokenizer.convert_tokens_to_ids(control_tokens) == [151643, 151644, 151645]
     tokenizer.chat_template = QWEN2_TEMPLATE
     return tokenizer
 
@@ -67,7 +79,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session", params=["qwen2_tokenizer", "tiny_tokenizer"])
 def tokenizer(request):
-    """Both tokenizers, as they are before load_tokenizer touches their templates."""
+    """Both tokenizers, with the chat templates of their makers."""
     return request.getfixturevalue(request.param)
 
 
@@ -81,12 +93,13 @@ def untied_model_dir(tmp_path_factory) -> Path:
 def write_rows(tmp_path_factory):
     """A function: rows (or the bytes of a file) to the path of a file that holds them."""
 
-    def write(rows, name="train.jsonl") -> Path:
+    def write(rows, name: str = "train.jsonl") -> Path:
         path = tmp_path_factory.mktemp("data") / name
-        if not isinstance(rows, bytes):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            rows = "".join(lines).encode()
-        path.write_bytes(rows)
+        if isinstance(rows, bytes):
+            path.write_bytes(rows)
+            return path
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8", newline="\n")
         return path
 
     return write
