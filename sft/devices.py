@@ -8,31 +8,14 @@ from pathlib import Path
 import torch
 
 from sft.errors import UserError
+from sft.throughput import GIB, find_peak_tflops
 
-GIB = 2**30
-GPUS_PATTERN = re.compile(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*(:(bf16|fp16))?")  # 4x80:fp16
 BF16_GPU = (8, 0)  # compute capability of an A100
 FP16_GPU = (7, 0)  # compute capability of a V100
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")  # which control groups this process is in
 
-# TFLOP/s of dense fp16 or bf16 matrix products. The words stand in the name that CUDA reports.
-# Sources are NVIDIA's data sheets. nvidia.com/en-us/data-center/h100 and others give figures with
-# sparsity, which are twice the dense ones.
-PEAK_TFLOPS = {
-    ("A100",): 312,
-    ("A800",): 312,
-    ("H100",): 989,
-    ("H100", "PCIe"): 756,
-    ("H100", "NVL"): 835,
-    ("H800",): 989,
-    ("H200",): 989,
-    ("L40S",): 362,
-    ("V100", "SXM2"): 125,
-    ("V100", "PCIE"): 112,
-    ("T4",): 65,
-}
 REFERENCE_GPUS = {BF16_GPU: "A100", FP16_GPU: "V100-SXM2"}  # stand for GPUs of unknown speed
 
 
@@ -148,8 +131,6 @@ def assume_devices(gpus: str, num_processes: int) -> Devices:
     80 "GB" have 78.6 GiB free: a card has about 0.99 GiB for each GB of its name (79.2, 31.7 of
     32, 23.7 of 24), and a CUDA context takes 0.6. Without a suffix, GPUs multiply in bf16.
     """
-    if not GPUS_PATTERN.fullmatch(gpus):
-        raise UserError(f"--gpus {gpus}: write number x GB, as 4x80, 2x80,1x40 or 4x32:fp16")
     groups, _, suffix = gpus.partition(":")
     names = []
     free_bytes = []
@@ -307,16 +288,6 @@ def read_text(path: Path) -> str:
 
 
 # ---- Speed --------------------------------------------------------------------------------------
-def find_peak_tflops(name: str) -> float | None:
-    """Return the dense half-precision TFLOP/s of the GPU with this name, if they are known."""
-    words = name.replace("-", " ").split()
-    found = ()
-    for required in PEAK_TFLOPS:
-        if set(required) <= set(words) and len(required) > len(found):
-            found = required
-    return PEAK_TFLOPS.get(found)
-
-
 def choose_reference_gpu(devices: Devices) -> str | None:
     """Return the name of a GPU whose speed the plan's times assume; None on the CPU.
 

@@ -1,19 +1,23 @@
 """How many tokens are computed at once, what is recomputed, and which device holds which layers."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from sft.devices import Devices, choose_reference_gpu, find_peak_tflops
+from sft.devices import Devices, choose_reference_gpu
 from sft.memory_model import Job, list_modules, peak_bytes, usable_bytes, with_host_memory
 from sft.placement import ModulesByDevice, place_by_memory, place_by_time
 from sft.step_time import (
+    RECOMPUTED,
     UTILIZATION,
     Workload,
+    busy_share,
+    count_windows,
     list_device_times,
     min_pipeline_tokens,
-    pipeline_speed,
 )
+from sft.throughput import find_peak_tflops
 
 MAX_TOKENS_ON_CPU = 2048  # of a micro-batch: caches hold less of a larger one, which is slower
 MIN_TOKENS_ON_GPU = 4096  # of a micro-batch: a smaller one idles more than recomputing costs
@@ -256,11 +260,13 @@ def choose_window(
         )
         if modules_by_device is None:
             continue
-        speed = pipeline_speed(
+        speed = busy_share(
             list_device_times(job.config, modules_by_device, workload.trained_share),
-            num_micro_batches=max(1, window.tokens // tokens_per_forward),
-            recompute=window.recompute,
+            num_micro_batches=math.ceil(workload.tokens_of_a_step / tokens_per_forward),
+            num_windows=count_windows(workload.tokens_of_a_step, window.tokens),
         )
+        if window.recompute:
+            speed /= RECOMPUTED
         if speed > fastest:
             fastest = speed
             window_tokens = window.tokens

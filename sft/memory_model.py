@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sft.devices import GIB
+from sft.pipeline import MAX_LAYERS_PER_PART
 from sft.precision import Precision
+from sft.throughput import GIB
 
 LOSS_CHUNK_TOKENS = 1024  # positions whose logits exist at once
-MAX_LAYERS_OF_A_PART = 8  # of a pipeline; a launch queue holds about 1,024 kernels
 WORKSPACE_BYTES = 0.5 * GIB  # of cuBLAS, of attention and of other kernels
 NCCL_BYTES = 0.6 * GIB  # of messages between processes
 USABLE_SHARE = 0.95  # of what these leave free; the rest is for gaps between blocks
@@ -150,6 +150,7 @@ class Share:
     """The part of a model that is on one device."""
 
     num_layers: int
+    has_last_layer: bool
     has_embedding: bool
     has_head: bool
     num_tables: int  # a tied head is no table of its own
@@ -157,17 +158,21 @@ class Share:
     @property
     def num_parts(self) -> int:
         """Return the parts of a pipeline that these layers make."""
-        return -(-self.num_layers // MAX_LAYERS_OF_A_PART)
+        return -(-self.num_layers // MAX_LAYERS_PER_PART)
 
 
 def list_modules(config) -> list[str]:
     """Return the names of what is placed as a whole, in the order of the forward pass."""
     names = [EMBEDDING]
     for number in range(config.num_hidden_layers):
-        names.append(f"model.layers.{number}")
+        names.append(name_layer(number))
     if not config.tie_word_embeddings:
         names.append(HEAD)
     return names
+
+
+def name_layer(number: int) -> str:
+    return f"model.layers.{number}"
 
 
 def make_share(config, modules: list[str]) -> Share:
@@ -176,6 +181,7 @@ def make_share(config, modules: list[str]) -> Share:
     num_tables = int(has_embedding) + int(HEAD in modules)
     return Share(
         num_layers=len(modules) - num_tables,
+        has_last_layer=name_layer(config.num_hidden_layers - 1) in modules,
         has_embedding=has_embedding,
         has_head=HEAD in modules or (config.tie_word_embeddings and has_embedding),
         num_tables=num_tables,
@@ -291,10 +297,16 @@ def kept_bytes(
     if recompute:
         kept_by_layer = checkpoint_bytes(job, in_flight)
     kept = share.num_layers * kept_by_layer
-    if window_tokens is not None:
-        # The output of a part waits for its gradient.
-        kept += share.num_parts * checkpoint_bytes(job, window_tokens)
-    return kept
+    if window_tokens is None:
+        return kept
+    stream = checkpoint_bytes(job, window_tokens)
+    if not recompute:
+        kept += share.num_parts * stream  # the input of a part, for the gradient it will have
+    if share.has_last_layer:
+        kept += stream  # the last hidden states, until their loss is computed
+    head_size = job.config.hidden_size // job.config.num_attention_heads
+    rotations = 2 * window_tokens * head_size * job.stream_bytes  # cosines and sines
+    return kept + rotations
 
 
 def one_process_terms(job: Job, share: Share, tokens: int) -> dict[str, float]:

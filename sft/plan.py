@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.devices import GIB, Devices, find_devices
+from sft.devices import Devices, find_devices
 from sft.errors import UserError
 from sft.limits import (
     Limits,
@@ -32,6 +32,7 @@ from sft.memory_model import (
 from sft.placement import make_device_map
 from sft.precision import Precision, choose_precision
 from sft.step_time import Workload, list_device_times, measure_workload
+from sft.throughput import GIB
 
 MAX_SHARDS_TRIED = 64
 GB = 1e9  # as disks are sold
@@ -186,11 +187,7 @@ def measure_free_disk(folder: Path, replaces_checkpoints: bool) -> float:
 def check_plan(plan: Plan) -> None:
     """Raise UserError where the plan cannot be carried out, with what could."""
     if plan.precision.optim == "adafactor" and plan.job.num_shards > 1:
-        raise UserError(
-            
-            "--optim adafactor cannot train shards: leave it out, or start one process"
-        
-        )
+        raise UserError("--optim adafactor cannot train shards: leave it out, or start one process")
     check_device_memory(plan)
     check_host_memory(plan)
     working = plan.working_devices

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sft.devices import GIB, choose_reference_gpu, find_peak_tflops
+from sft.devices import choose_reference_gpu
 from sft.limits import plan_micro_batches
 from sft.memory_model import EMBEDDING, HEAD, pinned_host_bytes, with_shards
 from sft.plan import GB, Plan, name_host_contents
@@ -16,6 +16,7 @@ from sft.step_time import (
     RECOMPUTED,
     UTILIZATION,
     busy_share,
+    count_windows,
     gradient_transfer_s,
     host_transfer_s,
     sharded_step_s,
@@ -23,9 +24,10 @@ from sft.step_time import (
     step_flops,
     training_flops,
 )
+from sft.throughput import GIB, find_peak_tflops
 
 MIN_STEPS = 20  # fewer teach little, and evaluation or saving may never come
-MIN_SPEEDUP = 1.05  # of another way to start the script, for it to be named
+MIN_SPEEDUP = 1.15  # of another way to start the script, for it to be named
 SAVING_SHARE = 0.1  # of a run's time that saving may take before it is named
 
 
@@ -144,19 +146,14 @@ def describe_recomputing(plan: Plan) -> str:
 # ---- Several GPUs of one process ----------------------------------------------------------------
 def describe_pipeline(plan: Plan, num_forward_passes: int) -> list[str]:
     """Return how many GPUs work at once, and whether torchrun would be faster."""
-    in_flight = count_in_flight(plan, num_forward_passes)
-    percent = 100 * busy_share(plan.device_times, in_flight)
+    num_windows = count_windows(plan.workload.tokens_of_a_step, plan.window_tokens)
+    in_flight = math.ceil(num_forward_passes / num_windows)
+    percent = 100 * busy_share(plan.device_times, num_forward_passes, num_windows)
     number = len(plan.working_devices)
     line = f"devices    {number} at work at once, at best {percent:.0f} %"
     lines = [f"{line} ({in_flight} micro-batches in flight)"]
     lines += recommend_torchrun(plan, num_forward_passes)
     return lines
-
-
-def count_in_flight(plan: Plan, num_forward_passes: int) -> int:
-    """Return the micro-batches of a full window, or of a step where this has fewer."""
-    windows = math.ceil(plan.workload.tokens_of_a_step / plan.window_tokens)
-    return max(1, math.ceil(num_forward_passes / windows))
 
 
 def recommend_torchrun(plan: Plan, num_forward_passes: int) -> list[str]:
@@ -173,7 +170,7 @@ def recommend_torchrun(plan: Plan, num_forward_passes: int) -> list[str]:
     number = len(plan.devices.names)
     accumulation = max(1, round(plan.args.gradient_accumulation_steps / number))
     return [
-        f"           shards would be {speed} assumed, estimate):",
+        f"           by estimate, torchrun is {speed} assumed):",
         f"           torchrun --nproc_per_node {number} sft_qwen2.py "
         f"--gradient_accumulation_steps {accumulation}",
     ]
@@ -270,7 +267,8 @@ def count_busy_devices(plan: Plan, num_forward_passes: int) -> float:
     """Return the devices that compute, as a mean over the time."""
     if plan.window_tokens is None:
         return plan.devices.num_processes
-    share = busy_share(plan.device_times, count_in_flight(plan, num_forward_passes))
+    num_windows = count_windows(plan.workload.tokens_of_a_step, plan.window_tokens)
+    share = busy_share(plan.device_times, num_forward_passes, num_windows)
     return share * len(plan.working_devices)
 
 

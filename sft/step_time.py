@@ -136,23 +136,21 @@ def list_device_times(
     return times
 
 
-def busy_share(device_times: list[float], num_micro_batches: int) -> float:
-    """Return the share of their time that the devices of a pipeline work, at best.
+def busy_share(device_times: list[float], num_micro_batches: int, num_windows: int) -> float:
+    """Return the share of their time that the devices of a pipeline work in a step, at best.
 
-    The slowest device works on one micro-batch after the other. The first one reaches it, and the
-    last one leaves it, at the pace of the devices before and after it.
+    The slowest device works on one micro-batch after the other. In each window, the first one
+    reaches it and the last one leaves it while it has nothing to do.
     """
-    total = sum(device_times)
-    seconds = (num_micro_batches - 1) * max(device_times) + total
-    return num_micro_batches * total / (len(device_times) * seconds)
+    work = sum(device_times)
+    slowest = max(device_times)
+    time = num_micro_batches * slowest + num_windows * (work - slowest)
+    return num_micro_batches * work / (len(device_times) * time)
 
 
-def pipeline_speed(device_times: list[float], num_micro_batches: int, recompute: bool) -> float:
-    """Return the useful work of a pipeline's devices, as a share of what they could do."""
-    speed = busy_share(device_times, num_micro_batches)
-    if recompute:
-        speed /= RECOMPUTED
-    return speed
+def count_windows(tokens_of_a_step: float, window_tokens: int) -> int:
+    """Return the windows of a pipeline in a step of so many tokens."""
+    return math.ceil(tokens_of_a_step / window_tokens)
 
 
 def min_pipeline_tokens(config, num_devices: int, flops_per_s: float) -> int:
