@@ -1,642 +1,1164 @@
-"""Supervised fine-tuning (SFT) of Qwen2 on query/answer JSONL: one script, read from top to bottom.
+"""Supervised fine-tuning (SFT) of Qwen2 on questions and answers: one script, read top to bottom.
 
     python sft_qwen2.py                                 # Qwen2-7B-Instruct on data/train.jsonl
-    python sft_qwen2.py data/tiny.json                  # the stand-in model, on any laptop
+    python sft_qwen2.py configs/tiny.json               # the stand-in model, on any laptop
     python sft_qwen2.py run.json --learning_rate 2e-5   # arguments from a file, flags on top
-    torchrun --nproc_per_node gpu sft_qwen2.py          # all GPUs at once
+    torchrun --nproc_per_node gpu sft_qwen2.py          # one process for each GPU, in shards
 
 A line of data is a conversation: {"query": "...", "answer": "..."}, optionally with "system", or
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
-Only the tokens of each answer and the <|im_end|> after it are trained; all others give context.
 
-One optimizer step is a set of rows: per_device_train_batch_size x gradient_accumulation_steps x
-processes. They are laid end to end, without padding, in micro-batches of at most
-`tokens_per_forward` tokens. Attention stays inside each row, and the loss is summed over the
-trained tokens of the step and divided by their number: how the set is cut into micro-batches
-changes memory and speed, never the result.
+What is trained. The tokens of each answer and the <|im_end|> after it. All other tokens are
+context: their label is -100.
 
-Shapes: T tokens of a row or micro-batch, N trained tokens, H query heads, K key/value heads, D head
-size, V vocabulary.
+How a step is computed. An optimizer step takes a set of examples: per_device_train_batch_size x
+gradient_accumulation_steps x number of processes. The set is cut into micro-batches of at most
+`tokens_per_forward` tokens. The examples of a micro-batch lie end to end, without padding, and
+attention stays inside each example. The loss is summed over the trained tokens and divided by the
+number of trained tokens of the whole step, over all micro-batches and processes. So the cut changes
+memory and speed, and never the result.
+
+What happens when ...
+    memory runs out      the step is done again with half of tokens_per_forward
+    a loss is NaN        the run stops before the weights change, and names the step's examples
+    Ctrl-C, SIGTERM      the run saves a checkpoint after the step and stops
+    the disk is full     the checkpoint is lost, earlier ones are whole, training goes on
+    --resume             the run goes on from the last checkpoint, bit for bit, if all that decides
+                         what is learnt is the same (`make_fingerprint`)
+
+Shapes: T tokens of an example or micro-batch, E examples, N trained tokens, H query heads, K
+key/value heads, D head size, C hidden size, V vocabulary.
 """
 
-import io
-import itertools
+import dataclasses
 import math
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
-# Gaps between blocks of memory would cost more than the margins of the plan. Torch reads it once.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from sft.startup import announce_start, set_environment
 
+set_environment()  # PyTorch reads these settings when it is imported.
+if __name__ == "__main__":
+    announce_start()
+
+import datasets
 import numpy as np
 import torch
-import tqdm.auto
+import torch.nn.functional as F
+import tqdm
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
-from torch.optim.lr_scheduler import LambdaLR
-from transformers.hf_argparser import HfArg
+from accelerate.utils import AutocastKwargs
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.attention.varlen import varlen_attn
 
-from sft import answers, callbacks, encoded_rows, memory_plan, model_folder, numerics, run_folder
-from sft.arguments import parse_arguments, with_optim
-from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
-from sft.memory_plan import GIB, Plan, rows_per_step
-from sft.rows import IM_END, IM_START, UserError, find_data_files, say
+from sft.checkpoints import CheckpointTrainer
+from sft.command_line import check_schedule, drop_foreign_environment, option, parse
+from sft.console import outlive_console, quiet_libraries, say
+from sft.conversations import IM_END, IM_START
+from sft.data_files import find_data_files, read_records
+from sft.devices import check_machine
+from sft.encoding_cache import EncodingCache
+from sft.errors import UserError
+from sft.examples import (
+    ENCODED_FEATURES,
+    IGNORE_INDEX,
+    Examples,
+    count_tokens,
+    mark_trained_tokens,
+    parse_records,
+    print_counts,
+    select_examples,
+    split_examples,
+    warn_of_shared_rows,
+    write_rejected,
+)
+from sft.export import rehearse_export
+from sft.model_files import (
+    TEMPLATE_PROBES,
+    add_default_system_prompt,
+    check_model,
+    check_rendering,
+    check_vocabulary,
+    digest_model,
+    load_tokenizer,
+    load_weights,
+)
+from sft.optimizer import check_optimizer, optimizer_class_and_options
+from sft.plan import Plan, check_plan, plan_run
+from sft.plan_report import print_plan
+from sft.precision import name_format
+from sft.reporting import set_up_reporting, wandb_run
+from sft.run_record import check_output_dir, describe_progress, open_run
+from sft.sample_answers import answer_questions, choose_questions, print_answers
+from sft.signals import StopOnSignal, explain_failures
+from sft.step_time import count_examples_per_step, count_steps, training_flops
+from sft.throughput import Throughput
 
-MAX_SKIPPED = 20  # consecutive steps, by fp16's loss scaler, which halves itself each time
 
+# ---- Options ------------------------------------------------------------------------------------
+@dataclass(kw_only=True)
+class SFTArguments:
+    """All options: the name that transformers uses, the default, and what --help says.
 
-# ---- Arguments ----------------------------------------------------------------------------------
-@dataclass
-class ScriptArguments:
-    """The arguments that transformers.TrainingArguments does not have."""
+    An option of steps below 1 is a share of all steps. `group` begins a section of --help.
+    """
 
-    model_name_or_path: str = HfArg(default="Qwen/Qwen2-7B-Instruct", help="Hub name or folder.")
-    data_path: list[str] = field(
-        default_factory=lambda: ["data/"],
-        metadata={"help": "Files, or folders with train* and validation*."},
+    model_name_or_path: str = option(
+        "Qwen/Qwen2-7B-Instruct",
+        "Hub name or folder of a Qwen2 or Qwen2.5 model.",
+        group="Model and data",
+        is_path=True,
     )
-    system_prompt: str = HfArg(
-        default="你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
-        help="System turn of rows that have none, and default of the exported chat template.",
+    data_path: list[str] = option(
+        ["data/"],
+        "Data files, or folders with train.* and validation.* files.",
+        is_path=True,
     )
-    max_len: int = HfArg(default=8192, help="Longest row in tokens, prompt and answer together.")
-    overflow_strategy: Literal["truncate", "drop", "error"] = HfArg(
-        default="truncate", help="A row over max_len loses its end, is left out, or stops the run."
+    system_prompt: str = option(
+        "你是一个知识渊博的人,请根据问题做出全面且正确的回答。",
+        "System turn where a record has none; default of the export, too.",
     )
-    tokens_per_forward: int | None = HfArg(
-        default=None, help="Memory knob. At most per_device_train_batch_size x max_len by default."
+    max_len: int = option(
+        8192, "Longest example in tokens, prompt and answer together.", at_least=1
     )
-    skip_bad_rows: bool = HfArg(default=False, help="Write refused rows to rejected.jsonl, go on.")
-    fp32: bool = HfArg(default=False, help="fp32 weights and AdamW state: 16 bytes per parameter.")
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="Stop after so many evaluations that were no better than the best."
+    overflow_strategy: str = option(
+        "truncate",
+        "A longer example loses its end, is left out, or stops the run.",
+        choices=("truncate", "drop", "error"),
     )
-    resume: bool = HfArg(default=False, help="Continue the run in output_dir where it stopped.")
-    dry_run: bool = HfArg(default=False, help="Read, encode and plan; load and write nothing.")
-    gpus: str | None = HfArg(default=None, help="With --dry_run: plan for 4x80, or 2x80,1x40 GiB.")
-    chosen_optim: str | None = field(default=None, init=False)  # --optim, where it was given
+    train_on: str = option(
+        "all", "Train all answers of a conversation, or the last.", choices=("all", "last")
+    )
+    skip_bad_rows: bool = option(False, "Leave refused records out, and list them in a file.")
+
+    num_train_epochs: float = option(
+        1.0, "Passes over all examples.", group="Length of training", above=0
+    )
+    max_steps: int = option(-1, "Number of optimizer steps, instead of epochs.", at_least=1)
+    per_device_train_batch_size: int = option(
+        4, "Examples of a step, times the next number and the processes.", at_least=1
+    )
+    gradient_accumulation_steps: int = option(32, "Multiplies the examples of a step.", at_least=1)
+    seed: int = option(42, "Decides all that is random.", at_least=0, at_most=2**32 - 1)
+    data_seed: int | None = option(
+        None, "Decides the order of examples; else seed does.", at_least=0, at_most=2**32 - 1
+    )
+
+    learning_rate: float = option(1e-5, "Highest learning rate.", group="Optimizer", at_least=0)
+    lr_scheduler_type: str = option(
+        "cosine",
+        "How the learning rate changes after its warm-up.",
+        choices=(
+            "linear",
+            "cosine",
+            "constant",
+            "constant_with_warmup",
+            "cosine_with_restarts",
+            "polynomial",
+            "cosine_with_min_lr",
+            "inverse_sqrt",
+            "warmup_stable_decay",
+        ),
+    )
+    lr_scheduler_kwargs: dict = option({}, "Numbers of that schedule, as a JSON object.")
+    warmup_steps: float = option(
+        0.03, "Steps of a rising learning rate; below 1: a share of all.", at_least=0
+    )
+    weight_decay: float = option(0.003, "How strongly weights are pulled to 0.", at_least=0)
+    max_grad_norm: float = option(1.0, "Longer gradients are shortened; 0: never.", at_least=0)
+    optim: str = option(
+        "auto",
+        "auto: 8-bit AdamW on a GPU, AdamW on the CPU and with fp32.",
+        choices=("auto", "adamw_torch_8bit", "adamw_torch_fused", "adamw_torch", "adafactor"),
+    )
+    adam_beta1: float = option(0.9, "AdamW's mean of gradients.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's mean of squared gradients.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Added to AdamW's divisor.", above=0)
+
+    fp32: bool = option(
+        False, "fp32 weights and AdamW: 16 bytes a parameter.", group="Memory and devices"
+    )
+    gradient_checkpointing: bool = option(
+        True, "Recompute layers where memory is short; false: never."
+    )
+    tokens_per_forward: int | None = option(
+        None, "Most tokens at once; else what fits. Changes no result.", at_least=1
+    )
+    use_cpu: bool = option(False, "Leave GPUs alone.")
+    ddp_timeout: int = option(
+        1800, "Seconds after which processes give up on each other.", at_least=1
+    )
+
+    validation_split: float = option(
+        0.0,
+        "Share of the examples to evaluate on, without a validation file.",
+        group="Evaluation",
+        at_least=0,
+        below=1,
+    )
+    eval_strategy: str = option(
+        "no",
+        "Evaluate during training, too: every eval_steps, or each epoch.",
+        choices=("no", "steps", "epoch"),
+    )
+    eval_steps: float | None = option(
+        None, "Steps between evaluations; else logging_steps. Below 1: a share.", above=0
+    )
+    load_best_model_at_end: bool = option(False, "Export the weights of the lowest eval_loss.")
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a new best.", at_least=1
+    )
+
+    output_dir: str = option(
+        "./outputs",
+        "Where checkpoints, logs and the trained model go.",
+        group="Checkpoints and logs",
+        is_path=True,
+    )
+    save_strategy: str = option(
+        "steps",
+        "Save a checkpoint every save_steps, or each epoch.",
+        choices=("no", "steps", "epoch"),
+    )
+    save_steps: float = option(5, "Steps between checkpoints; below 1: a share of all.", above=0)
+    save_total_limit: int = option(2, "How many checkpoints are kept; 0: all.", at_least=0)
+    logging_steps: float = option(1, "Steps between log lines; below 1: a share of all.", above=0)
+    report_to: list[str] = option(
+        ["wandb"],
+        "wandb, none, or others if installed: wandb,tensorboard.",
+        is_comma_separated=True,
+    )
+    run_name: str = option("qwen2-7B-sft", "Name of the run in these reports.")
+
+    resume: bool = option(False, "Go on with the run in output_dir.", group="Instead of a new run")
+    export: str | None = option(
+        None, "Write this checkpoint to output_dir as a model; train nothing.", is_path=True
+    )
+    dry_run: bool = option(False, "Read the data and plan; train and write nothing.")
+    gpus: str | None = option(
+        None, "With dry_run: plan for 4x80 GB, 2x80,1x40 or 4x32:fp16 (V100)."
+    )
 
 
-TRAINING_DEFAULTS = {
-    "output_dir": "./outputs",
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 32,
-    "num_train_epochs": 1.0,
-    "learning_rate": 1e-5,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.03,  # below 1: a share of all steps
-    "weight_decay": 0.003,
-    "logging_steps": 1,
-    "save_steps": 5,
-    "save_total_limit": 2,  # a checkpoint of the 7B with its optimizer takes 46 GB or more
-    "run_name": "qwen2-7B-sft",
-    "report_to": "wandb",
-    "gradient_checkpointing": True,
-    "logging_nan_inf_filter": False,  # a NaN is to be seen, and stops the run
-}
+def make_training_arguments(args: SFTArguments) -> transformers.TrainingArguments:
+    """Return Trainer's arguments: options of the same name, and what is the same in every run.
+
+    Several processes share the model by FSDP2 on GPUs. On the CPU each has a whole one. Number
+    formats and the optimizer are the plan's.
+    """
+    settings = {}
+    trainer_names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    for name, value in vars(args).items():
+        if name in trainer_names:
+            settings[name] = value
+    if "activation_checkpointing" in trainer_names:  # its new name, from transformers 5.23 on
+        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
+    settings["optim"] = "adamw_torch"  # until the plan has chosen
+    settings["logging_nan_inf_filter"] = False  # a loss that is NaN must be seen
+    settings["disable_tqdm"] = True  # each step has a line
+    settings["metric_for_best_model"] = "eval_loss"
+    settings["greater_is_better"] = False
+    # Early stopping counts on after a resume.
+    settings["restore_callback_states_from_checkpoint"] = args.early_stopping_patience is not None
+    if torch.backends.mps.is_available():  # Apple's GPUs are not tested.
+        settings["use_cpu"] = True
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1:
+        settings.update(settings_of_processes(args))
+    return transformers.TrainingArguments(**settings)
+
+
+def settings_of_processes(args: SFTArguments) -> dict:
+    """Return the settings by which several processes train together; on the CPU, let them meet."""
+    if torch.cuda.is_available() and not args.use_cpu:
+        # Each process saves its shard. One process of a machine reads the weights for all.
+        config = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
+        return {"fsdp": True, "fsdp_config": config}
+    # TrainingArguments would do so without the timeout.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
+    return {"use_cpu": True, "ddp_backend": "gloo"}
 
 
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
-def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict]:
-    r"""Return {"input_ids": [T], "labels": [T]} of each conversation. ^ marks what is trained:
-
-    <|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>
-                                                                                           ^^^^^^^^^^^
-    An assistant turn of weight 0 is context. An answer is encoded apart from the "assistant\n"
-    before it, because generation starts exactly there. Control tokens spelled in a text are encoded
-    as the plain characters they are: no row can open or close a turn.
-    """
-    turns = [turn for conversation in conversations for turn in conversation]
-    ids = encode_texts(["\n", "assistant\n", *map(text_of_turn, turns)], tokenizer)
-    start, end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
-
-    def encode_turns(turns):
-        input_ids, labels = [], []
-
-        def add(tokens, train=False):
-            input_ids.extend(tokens)
-            labels.extend(tokens if train else [IGNORE_INDEX] * len(tokens))
-
-        for turn in turns:
-            add([*ids["\n"], start] if input_ids else [start])
-            if turn["role"] == "assistant":
-                add(ids["assistant\n"])
-            trained = turn["role"] == "assistant" and turn.get("weight") != 0
-            add([*ids[text_of_turn(turn)], end], train=trained)
-        return {"input_ids": input_ids, "labels": labels}
-
-    return [encode_turns(conversation) for conversation in conversations]
-
-
-def text_of_turn(turn: dict) -> str:
-    return turn["content"] if turn["role"] == "assistant" else f"{turn['role']}\n{turn['content']}"
-
-
-def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
-    """Return the ids of each text; each is encoded once, and no control token found in it."""
-    texts, backend = list(dict.fromkeys(texts)), tokenizer.backend_tokenizer
-    if not backend.encode_special_tokens:  # the backend's own switch: other calls may turn it off
-        backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    return {text: encoding.ids for text, encoding in zip(texts, encodings)}
-
-
 def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
     """Return {"input_ids": [T], "labels": [T]} of one conversation, as encode_batch does."""
     return encode_batch([messages], tokenizer)[0]
 
 
-# With the trained system prompt as the chat template's default: what is trained is what is served.
-load_tokenizer = partial(model_folder.load_tokenizer, encode)
+def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict[str, list[int]]]:
+    r"""Return {"input_ids": [T], "labels": [T]} of each conversation. ^ marks what is trained:
+
+    <|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>
+                                                                                           ^^^^^^^^^^^
+    Every assistant message is trained, unless its "weight" is 0.
+    """
+    texts = ["\n", "assistant\n"]
+    for messages in conversations:
+        for message in messages:
+            texts.append(text_of_message(message))
+    token_ids = encode_texts(texts, tokenizer)
+    im_start, im_end = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+
+    examples = []
+    for messages in conversations:
+        input_ids = []
+        labels = []
+        for message in messages:
+            is_answer = message["role"] == "assistant"
+            context = [im_start]
+            if input_ids:
+                context = token_ids["\n"] + context
+            if is_answer:
+                context = context + token_ids["assistant\n"]
+            text = [*token_ids[text_of_message(message)], im_end]
+            input_ids += context + text
+            labels += [IGNORE_INDEX] * len(context)
+            if is_answer and message.get("weight") != 0:
+                labels += text
+            else:
+                labels += [IGNORE_INDEX] * len(text)
+        examples.append({"input_ids": input_ids, "labels": labels})
+    return examples
 
 
-# ---- Micro-batches: the rows of an optimizer step, without padding ------------------------------
+def text_of_message(message: dict) -> str:
+    """Return the text of a message that is tokenized as one piece.
+
+    An answer is tokenized apart from the "assistant\\n" before it, because generation starts there.
+    """
+    if message["role"] == "assistant":
+        return message["content"]
+    return f"{message['role']}\n{message['content']}"
+
+
+def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
+    """Return the token ids of each text.
+
+    A control token that is spelled in a text is encoded as the plain characters it consists of.
+    Otherwise a row of data could open or close a turn.
+    """
+    unique_texts = list(dict.fromkeys(texts))
+    backend = tokenizer.backend_tokenizer
+    # Other calls of the tokenizer change these settings of its backend.
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch_fast(unique_texts, add_special_tokens=False)
+    return {text: encoding.ids for text, encoding in zip(unique_texts, encodings)}
+
+
+# ---- Micro-batches: the examples of an optimizer step, without padding --------------------------
 class StepSampler(torch.utils.data.Sampler):
-    """The row numbers of each optimizer step of an epoch, in an order of the seed and the epoch."""
+    """The example numbers of each optimizer step, in an order of the seed and the epoch."""
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
-        self.num_rows, self.rows_per_step, self.seed, self.epoch = num_rows, rows_per_step, seed, 0
+    def __init__(self, num_examples: int, examples_per_step: int, seed: int):
+        self.num_examples = num_examples
+        self.examples_per_step = examples_per_step
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self.num_rows / self.rows_per_step)
+        return math.ceil(self.num_examples / self.examples_per_step)
 
     def __iter__(self):
-        order = torch.Generator().manual_seed(self.seed + self.epoch)
-        for step in torch.randperm(self.num_rows, generator=order).split(self.rows_per_step):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_examples, generator=generator)
+        for step in order.split(self.examples_per_step):
             yield step.tolist()
 
 
-def bin_rows(lengths: list[int], tokens_per_forward: int, multiple_of: int = 1) -> list[list[int]]:
-    """Return row numbers in bins of at most tokens_per_forward tokens, by first-fit decreasing.
+def bin_by_tokens(lengths, tokens_per_forward: int, num_processes: int = 1) -> list[list[int]]:
+    """Return the indices of `lengths` in bins of at most tokens_per_forward tokens.
 
-    A longer row has a bin of its own. There are a multiple of `multiple_of` bins, the number of
-    processes, since all must run the same number of forward passes: the fullest are split for it.
+    First-fit decreasing: each example, the longest first, goes into the first bin with room. An
+    example that is longer than tokens_per_forward has a bin of its own. The number of bins is a
+    multiple of num_processes, because all processes must run the same number of forward passes.
     """
-    bins, free = [], []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        at = next((b for b, room in enumerate(free) if lengths[row] <= room), len(bins))
-        if at == len(bins):
+    bins = []
+    free_tokens = []
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for index in longest_first:
+        chosen = None
+        for number, free in enumerate(free_tokens):
+            if lengths[index] <= free:
+                chosen = number
+                break
+        if chosen is None:
+            chosen = len(bins)
             bins.append([])
-            free.append(tokens_per_forward)
-        bins[at].append(row)
-        free[at] -= lengths[row]
-    while len(bins) % multiple_of:
-        fullest = max(bins, key=lambda rows: (len(rows) > 1, sum(lengths[row] for row in rows)))
-        bins.append(fullest[1::2])  # empty where there are fewer rows than processes
-        fullest[:] = fullest[::2]
+            free_tokens.append(tokens_per_forward)
+        bins[chosen].append(index)
+        free_tokens[chosen] -= int(lengths[index])
+    while len(bins) % num_processes != 0:
+        bins.append(take_half_of_fullest(bins, lengths))
     return bins
 
 
-def flatten(rows: list[dict]) -> dict:
-    """Return a micro-batch: the {"input_ids", "labels"} of rows laid end to end.
+def take_half_of_fullest(bins: list[list[int]], lengths) -> list[int]:
+    """Take every second example out of the fullest bin that has several; return them, or []."""
+    fullest = []
+    most_tokens = 0
+    for bin in bins:
+        num_tokens = sum(lengths[index] for index in bin)
+        if len(bin) > 1 and num_tokens > most_tokens:
+            fullest = bin
+            most_tokens = num_tokens
+    half = fullest[1::2]
+    del fullest[1::2]
+    return half
 
-    input_ids, position_ids, shift_labels [1, T]: a row's positions begin at 0, and shift_labels[t]
-    is the token that position t is to predict, or -100. seq_lens: each row's tokens, as a list;
-    cu_seq_lens [rows + 1]: the boundaries between them.
-    Of no rows: one untrained token, for this process must run as many passes as the others.
+
+def flatten(examples: list[dict]) -> dict:
+    """Return a micro-batch: the examples laid end to end.
+
+    input_ids, position_ids [1, T]: positions begin at 0 in each example.
+    trained_positions, targets [N]: at position trained_positions[i] the model predicts targets[i].
+    seq_lens: the number of tokens of each example, as a list. cu_seq_lens [E + 1]: their bounds.
+
+    The trained positions are an index made on the host: a mask on the GPU would have to be counted
+    there, and the host would wait for that.
     """
-    rows = rows or [{"input_ids": [0], "labels": [IGNORE_INDEX]}]
-    batch = transformers.DataCollatorWithFlattening()(rows)  # a row's first label becomes -100
-    labels = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=IGNORE_INDEX)
-    seq_lens = [len(row["input_ids"]) for row in rows]
-    bounds = torch.tensor([0, *itertools.accumulate(seq_lens)], dtype=torch.int32)
-    return {**batch, "shift_labels": labels[:, 1:], "cu_seq_lens": bounds, "seq_lens": seq_lens}
+    input_ids = []
+    position_ids = []
+    trained_positions = []
+    targets = []
+    bounds = [0]
+    for example in examples:
+        num_tokens = len(example["input_ids"])
+        # The hidden state of a position predicts the next token.
+        next_labels = example["labels"][1:]
+        trained = np.flatnonzero(next_labels != IGNORE_INDEX)
+        input_ids.append(example["input_ids"])
+        position_ids.append(np.arange(num_tokens))
+        trained_positions.append(bounds[-1] + trained)
+        targets.append(next_labels[trained])
+        bounds.append(bounds[-1] + num_tokens)
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(input_ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(position_ids))[None],
+        "trained_positions": torch.from_numpy(np.concatenate(trained_positions)),
+        "targets": torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        "seq_lens": np.diff(bounds).tolist(),
+        "cu_seq_lens": torch.tensor(bounds, dtype=torch.int32),
+    }
 
 
-def truncate(row: dict, max_len: int) -> dict:
-    return {name: row[name][:max_len] for name in ("input_ids", "labels")}
+# A process without an example runs a forward pass, too, over one token that is not trained.
+NO_EXAMPLE = {"input_ids": np.array([0]), "labels": np.array([IGNORE_INDEX])}
 
 
-def collate(rows: list[dict], max_len: int, tokens_per_forward: int, rank: int = 0, world: int = 1):
-    """Return (this process's micro-batches of a step's rows, trained tokens of the whole step).
+def collate(
+    examples: list[dict], tokens_per_forward: int, rank: int = 0, num_processes: int = 1
+) -> tuple[list[dict], int]:
+    """Return (micro-batches of this process, number of trained tokens of the whole step).
 
-    Every process reads all rows of the step and takes its share of the bins: each knows the divisor
-    of the loss and the number of forward passes without communicating.
+    Every process reads all examples of the step and takes its share of the bins. So each process
+    knows the divisor of the loss and the number of forward passes without communication.
     """
-    rows = [truncate(row, max_len) for row in rows]
-    bins = bin_rows([len(row["input_ids"]) for row in rows], tokens_per_forward, world)
-    trained_tokens = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-    return [flatten([rows[i] for i in b]) for b in bins[rank::world]], trained_tokens
+    lengths = [len(example["input_ids"]) for example in examples]
+    bins = bin_by_tokens(lengths, tokens_per_forward, num_processes)
+    micro_batches = []
+    for bin in bins[rank::num_processes]:
+        chosen = [examples[index] for index in bin]
+        micro_batches.append(flatten(chosen or [NO_EXAMPLE]))
+    return micro_batches, count_trained_tokens(examples)
 
 
-# ---- Model: attention inside each row, loss at trained positions --------------------------------
-def row_attention(module, query, key, value, mask, seq_lens=None, cu_seq_lens=None, **kwargs):
-    """Causal attention of queries [1, H, T, D] on keys and values [1, K, T, D], row by row.
+def count_trained_tokens(examples: list[dict]) -> int:
+    """Return the number of tokens that have a label and a token before them."""
+    num_tokens = 0
+    for example in examples:
+        num_tokens += int((example["labels"][1:] != IGNORE_INDEX).sum())
+    return num_tokens
 
-    FlashAttention's kernel for rows of many lengths, where PyTorch has it for the GPU and dtype;
-    elsewhere one call a row. Without seq_lens, as in generation, transformers' own sdpa. Returns
-    ([1, T, H, D], None), as transformers.AttentionInterface asks.
+
+# ---- Attention: inside each example -------------------------------------------------------------
+def packed_attention(
+    module, query, key, value, attention_mask, seq_lens=None, cu_seq_lens=None, **kwargs
+):
+    """Return causal attention [1, T, H, D] inside each example, and None for the weights.
+
+    query [1, H, T, D]; key, value [1, K, T, D]. This is a function of
+    transformers.AttentionInterface. Without seq_lens, as in generation, transformers' sdpa runs.
     """
     if seq_lens is None:
-        return transformers.AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast left them fp32
-    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if ampere and query.dtype in (torch.bfloat16, torch.float16):
-        return numerics.varlen_attention(
-            query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"]
-        ), None
-    if query.is_cuda and not ampere:  # whose fused kernel wants a key and value per query head
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    options = {"is_causal": True, "scale": kwargs["scaling"], "enable_gqa": True}
-    rows = zip(*(x.split(seq_lens, dim=2) for x in (query, key, value)))
-    outputs = [scaled_dot_product_attention(*row, **options) for row in rows]
+        sdpa = transformers.AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    # Autocast computes rotary embeddings in fp32.
+    query = query.to(value.dtype)
+    key = key.to(value.dtype)
+    if has_varlen_kernel(query):
+        output = varlen_attention(query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"])
+        return output, None
+    if query.is_cuda:
+        # Before Ampere, PyTorch's fused kernels want one key and value head for each query head.
+        num_groups = query.shape[1] // key.shape[1]
+        key = repeat_heads(key, num_groups)
+        value = repeat_heads(value, num_groups)
+    outputs = []
+    for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2)):
+        output = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=kwargs["scaling"], enable_gqa=True
+        )
+        outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-class AnswerLoss:
-    """Mixin that load_model combines with transformers.Qwen2ForCausalLM: a micro-batch's loss."""
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Return whether PyTorch's FlashAttention runs for this tensor: on Ampere (8.0) and newer."""
+    if query.dtype not in (torch.bfloat16, torch.float16) or not query.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
-    def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, **kwargs):
-        """Return {"loss": cross entropy summed over the trained tokens / num_items_in_batch}.
 
-        Only the N of T hidden states that have a target meet the head, in chunks: [N, V] logits
-        never exist at once. Without shift_labels this is transformers' forward.
+def varlen_attention(query, key, value, seq_lens, cu_seq_lens, scale):
+    """Return causal attention [1, T, H, D] inside each example, by FlashAttention in PyTorch."""
+    longest = max(seq_lens)
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1, 0),  # all tokens before, none after: causal
+        enable_gqa=True,
+    )
+    return output[None]
+
+
+def repeat_heads(heads: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Return heads [1, K, T, D] as [1, K * num_groups, T, D], copies of a head side by side."""
+    return heads.repeat_interleave(num_groups, dim=1)
+
+
+transformers.AttentionInterface.register("packed_attention", packed_attention)
+# Generation makes its masks as for sdpa.
+transformers.AttentionMaskInterface.register(
+    "packed_attention", transformers.AttentionMaskInterface()["sdpa"]
+)
+
+
+# ---- Loss: at trained positions only ------------------------------------------------------------
+class Qwen2ForCausalLM(transformers.Qwen2ForCausalLM):
+    """Qwen2 whose forward pass returns the loss of a micro-batch.
+
+    The class has transformers' name, so that an export names the class that readers know.
+    """
+
+    def forward(
+        self,
+        input_ids=None,
+        trained_positions=None,
+        targets=None,
+        num_items_in_batch=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """Return {"loss": summed cross entropy of the targets [N] / num_items_in_batch}.
+
+        Without targets this is transformers' forward pass. Generation asks for logits_to_keep by
+        this name.
         """
-        if shift_labels is None:
-            return super().forward(input_ids, **kwargs)
-        mask = {"full_attention": None}  # row_attention keeps rows apart without one
-        output = self.model(input_ids, attention_mask=mask, use_cache=False, **kwargs)
-        head = self.lm_head.weight
-        shift_labels = shift_labels.to(head.device)
-        trained = shift_labels != IGNORE_INDEX
-        hidden = output.last_hidden_state.to(head.device)[trained]  # [N, hidden size]
-        loss_sum = numerics.cross_entropy_sum(hidden, head, shift_labels[trained])
+        if targets is None:
+            return super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
+        # packed_attention keeps examples apart without a mask.
+        no_mask = {"full_attention": None}
+        output = self.model(input_ids, attention_mask=no_mask, use_cache=False, **kwargs)
+        loss_sum = self.answer_loss(output.last_hidden_state, trained_positions, targets)
         return {"loss": loss_sum / num_items_in_batch}
 
+    def answer_loss(self, hidden_states, trained_positions, targets) -> torch.Tensor:
+        """Return the summed cross entropy of hidden_states [1, T, C] at the trained positions.
 
-def model_class():
-    """Return Qwen2ForCausalLM with AnswerLoss, having registered row_attention.
+        Only the N hidden states that have a target meet the head.
+        """
+        head = self.lm_head.weight
+        hidden = hidden_states.to(head.device)[0, trained_positions.to(head.device)]
+        return cross_entropy_sum(hidden, head, targets.to(head.device))
 
-    Under the same name, so that exports, device maps and FSDP see the ordinary model. In a
-    function, because importing models takes seconds, which --help need not wait for.
+
+LOSS_CHUNK = 1024  # positions whose logits exist at once
+
+
+def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
+    """Return the summed cross entropy of logits hidden [N, C] @ head [V, C].T and targets [N].
+
+    Logits exist for LOSS_CHUNK positions at once, never as [N, V]. The sum is fp32.
     """
-    transformers.AttentionInterface.register("row_attention", row_attention)
-    masks = transformers.AttentionMaskInterface
-    masks.register("row_attention", masks()["sdpa"])  # for generation
-    return type("Qwen2ForCausalLM", (AnswerLoss, transformers.Qwen2ForCausalLM), {})
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Autocast would run linear_cross_entropy in fp32.
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden = hidden.to(dtype)
+        head = head.to(dtype)
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=LOSS_CHUNK,
+        chunking_method=None,
+        acc_policy="compact",
+        acc_dtype=torch.float32,  # of the softmax
+    )
+    # A sum in half precision would keep 8 or 11 bits. Single losses are rounded, and then summed
+    # in fp32, where their errors cancel out.
+    reduction = "none"
+    if hidden.dtype == torch.float32:
+        reduction = "sum"
+    with torch.autocast(device_type, enabled=False):
+        losses = F.linear_cross_entropy(hidden, head, targets, reduction=reduction, options=options)
+        return losses.float().sum()
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, device_map=None):
-    return model_folder.load_weights(model_class(), name_or_path, dtype, device_map)
+# ---- Trainer: one optimizer step over a set of examples -----------------------------------------
+MAX_CONSECUTIVE_SKIPS = 20  # fp16: the loss scale begins too high and halves at each skipped step
 
 
-# ---- Trainer: one optimizer step over a set of rows ---------------------------------------------
-class StepTrainer:
-    """Mixin that build_trainer combines with transformers.Trainer: a batch is a whole step's rows.
+def make_step(examples: list[dict]) -> dict:
+    """Return what Trainer takes for a batch: all examples of an optimizer step."""
+    return {"examples": examples}
 
-    `plan` says how many tokens a micro-batch may have, and up to how many nothing is recomputed.
-    """
 
-    def __init__(self, model, args, plan: Plan, max_len: int, rows_per_step: int, **kwargs):
-        super().__init__(model, args, data_collator=list, **kwargs)
-        self.max_len, self.rows_per_step = max_len, rows_per_step
+class SFTTrainer(CheckpointTrainer):
+    """A Trainer for which a batch is all examples of an optimizer step, in all processes."""
+
+    def __init__(self, *, plan: Plan, examples_per_step: int, **kwargs):
+        super().__init__(data_collator=make_step, **kwargs)
+        self.examples_per_step = examples_per_step
         self.tokens_per_forward = plan.tokens_per_forward
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
-        self.skipped_steps = 0  # consecutive ones, by fp16's loss scaler
-        self.step_rows, self.running = [], []  # of now: the step's rows, a micro-batch's lengths
-        self.since, self.num_tokens, self.flops = time.time(), 0, 0  # of the steps not yet logged
+        self.num_consecutive_skips = 0
+        num_gpus = 0
+        if plan.devices.kind == "cuda":
+            num_gpus = len(plan.devices.names)
+        self.throughput = Throughput(num_gpus)
+        self.current_examples = []  # of this step, for error messages
 
-    def get_train_dataloader(self):
-        """Return the loader of steps: lists of rows, the same in all processes."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = StepSampler(len(self.train_dataset), self.rows_per_step, seed)
-        options = {"batch_sampler": sampler, "collate_fn": list}
-        loader = torch.utils.data.DataLoader(self.train_dataset, **options)
-        loader.set_epoch = sampler.set_epoch  # Trainer calls it
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Return the loader of steps. All processes get the same examples."""
+        seed = seed_of_order(self.args)
+        sampler = StepSampler(len(self.train_dataset), self.examples_per_step, seed)
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=make_step
+        )
+        loader.set_epoch = sampler.set_epoch  # Trainer tells the loader which epoch begins.
         return loader
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return Trainer's optimizer. GradScaler decides whether a step is skipped."""
         optimizer = super().create_optimizer(model)
-        # Of a step that fp16's scaler skips, this hook does not hear: training_step counts those.
-        optimizer.register_step_pre_hook(lambda *_: self.check_gradients())
-        # Fused AdamW would skip a step on its own, and the schedule go on.
+        # Fused AdamW would skip a step by itself. The learning rate would go on nevertheless.
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Return Trainer's schedule; where it warms up, one step ahead.
+        """Return the schedule of the learning rate, without its first step where that is 0.
 
-        A warm-up begins with a rate of 0, and the rows of that step would not be trained. The last
-        step, at the schedule's end, would have 0 again: it has the rate of half a step before.
+        A warm-up begins with a rate of 0, and nothing would be learnt of the first step's examples.
+        So the schedule has one step more, and the first one is left out. The first step of a
+        warm-up of n steps has 1 / n of the peak.
         """
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.args.get_warmup_steps(num_training_steps) > 0 and isinstance(scheduler, LambdaLR):
-            last = num_training_steps - 0.5
-            ahead = [lambda step, f=f: f(min(step + 1, last)) for f in scheduler.lr_lambdas]
-            scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, ahead)
-        return scheduler
+        num_warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        if num_warmup_steps == 0:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        schedule = transformers.get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps,
+            num_training_steps + 1,
+            self.args.lr_scheduler_kwargs,
+        )
+        factors = [without_first_step(factor) for factor in schedule.lr_lambdas]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
-    def training_step(self, model, rows, num_items_in_batch=None):
-        """Run a step's micro-batches forward and backward, and return its loss."""
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """Run a step's micro-batches forward and backward. Return this process's part of the loss.
+
+        Raises UserError where the loss is not finite, before the weights change.
+        """
         model.train()
-        if self.num_tokens == 0:  # what came since the last log is no part of the steps' time
-            self.since = time.time()
-        # fp16's loss scale begins too high on purpose: it skips such steps, and halves itself.
-        skipped = self.accelerator.optimizer_step_was_skipped
-        self.skipped_steps = self.skipped_steps + 1 if skipped else 0
-        self.step_rows = rows
-        local_loss = self.run_smaller_until_it_fits(self.forward_backward, rows)
-        step_loss = self.accelerator.reduce(local_loss, "mean").item()  # the same in all processes
-        # Exactly 0 is what wrong labels and overflown logits look like.
+        self.throughput.start()
+        self.current_examples = inputs["examples"]
+        self.count_skipped_step()
+        local_loss = self.run_until_it_fits(self.forward_backward, self.current_examples)
+        # Trainer averages losses over processes, as it averages gradients.
+        step_loss = self.accelerator.reduce(local_loss, "mean").item()
+        # A loss of exactly 0 comes from logits that overflowed, or from labels that are all masked.
         if not math.isfinite(step_loss) or step_loss == 0:
-            raise self.broken_step(f"its loss is {step_loss}")
-        if self.skipped_steps > MAX_SKIPPED:
-            raise self.broken_step(f"{self.skipped_steps} steps had infinite gradients in fp16")
-        lengths = np.array([len(row["input_ids"][: self.max_len]) for row in rows])
-        self.num_tokens += lengths.sum()
-        num_parameters = self.model.num_parameters()
-        self.flops += memory_plan.training_flops(self.model.config, num_parameters, lengths)
+            raise self.broken_step(f"the loss is {step_loss}")
+        self.count_work(self.current_examples)
         return local_loss
 
-    def forward_backward(self, batches: list[dict], trained_tokens: int) -> torch.Tensor:
-        """Return the loss of this process's micro-batches, having added up its gradients.
+    def count_work(self, examples: list[dict]) -> None:
+        """Count the tokens and FLOPs of a step."""
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        flops = training_flops(self.model.config, lengths, count_trained_tokens(examples))
+        self.throughput.add(int(lengths.sum()), flops)
 
-        The divisor is the trained tokens of all processes. Processes average gradients and losses,
-        so each multiplies its part by their number.
+    def forward_backward(self, micro_batches: list[dict], num_trained_tokens: int) -> torch.Tensor:
+        """Return the loss of this process's micro-batches, and add up their gradients.
+
+        The loss of a micro-batch is its sum over trained tokens, divided by the trained tokens of
+        the whole step in all processes. DDP and FSDP average gradients over processes, so each
+        process multiplies by their number.
         """
+        divisor = num_trained_tokens / self.args.world_size
         local_loss = torch.zeros((), device=self.args.device)
-        divisor = trained_tokens / self.args.world_size
-        for i, batch in enumerate(batches, 1):
-            self.running = batch["seq_lens"]
-            self.choose_checkpointing(sum(batch["seq_lens"]))
-            # At the last one; with FSDP at each, or every process would hold whole gradients.
-            exchange = self.is_fsdp_enabled or i == len(batches)
-            with nullcontext() if exchange else self.accelerator.no_sync(self.model_wrapped):
-                loss = self.model_wrapped(**batch, num_items_in_batch=divisor)["loss"]
-                self.accelerator.backward(loss)
-            local_loss += loss.detach()
+        for number, micro_batch in enumerate(micro_batches, 1):
+            self.choose_checkpointing(sum(micro_batch["seq_lens"]))
+            is_last = number == len(micro_batches)
+            # DDP exchanges gradients once a step. FSDP exchanges them after each micro-batch,
+            # otherwise each process would keep whole gradients.
+            context = nullcontext()
+            if not is_last and not self.is_fsdp_enabled:
+                context = self.accelerator.no_sync(self.model_wrapped)
+            with context:
+                output = self.model_wrapped(**micro_batch, num_items_in_batch=divisor)
+                self.accelerator.backward(output["loss"])
+            local_loss += output["loss"].detach()
         return local_loss
 
-    def choose_checkpointing(self, tokens: int) -> None:
+    def choose_checkpointing(self, num_tokens: int) -> None:
         """Recompute layers in the backward pass only where memory asks for it."""
         if self.args.gradient_checkpointing:
             for layer in self.model.model.layers:
-                layer.gradient_checkpointing = tokens > self.max_tokens_without_checkpointing
+                layer.gradient_checkpointing = num_tokens > self.max_tokens_without_checkpointing
 
-    def run_smaller_until_it_fits(self, work, rows: list[dict]):
-        """Return work(micro-batches of these rows, trained tokens); if need be, less at once."""
+    def run_until_it_fits(self, work, examples: list[dict]):
+        """Return work(micro-batches, trained tokens) of the examples.
+
+        Where memory runs out, the work is done again, with half as many tokens at once.
+        """
         while True:
-            share = (self.args.process_index, self.args.world_size)
-            batches, trained_tokens = collate(rows, self.max_len, self.tokens_per_forward, *share)
+            micro_batches, num_trained_tokens = collate(
+                examples,
+                self.tokens_per_forward,
+                self.args.process_index,
+                self.args.world_size,
+            )
+            largest = max(sum(micro_batch["seq_lens"]) for micro_batch in micro_batches)
             try:
-                batches = [self._prepare_inputs(batch) for batch in batches]
-                return work(batches, trained_tokens)
+                micro_batches = [self._prepare_inputs(batch) for batch in micro_batches]
+                return work(micro_batches, num_trained_tokens)
             except torch.OutOfMemoryError:
-                self.lower_limits(self.running)
-            # Outside of "except", whose traceback holds the activations of the failed pass. The
-            # gradients of passes that worked go, too: the whole step is run again.
+                pass
+            # The traceback holds the activations. It is gone only after the except block.
             self.model_wrapped.zero_grad()
             torch.cuda.empty_cache()
+            self.lower_memory_limits(largest, max(len(x["input_ids"]) for x in examples))
 
-    def lower_limits(self, seq_lens: list[int]) -> None:
-        """Recompute more, or if it was already, halve tokens_per_forward, for the rest of the run.
+    def lower_memory_limits(self, num_tokens: int, longest: int) -> None:
+        """Halve tokens_per_forward for the rest of the run, or recompute all layers.
 
-        `seq_lens`: of the micro-batch that failed. Raises UserError where that cannot help, and for
-        several processes: the others would not do the same.
+        num_tokens: of the largest micro-batch. longest: tokens of the longest example. Raises
+        UserError where that cannot help, and where other processes would not do the same.
         """
-        tokens = sum(seq_lens)
+        what = f"out of memory at {num_tokens:,} tokens per micro-batch"
         if self.args.world_size > 1:
-            half = tokens // 2
-            raise UserError(f"out of memory with {tokens} tokens; try --tokens_per_forward {half}")
-        recomputes = self.args.gradient_checkpointing and self.model.training
-        if recomputes and tokens <= self.max_tokens_without_checkpointing:
-            self.max_tokens_without_checkpointing = int(0.85 * tokens)
-            now = f"gradient checkpointing from {self.max_tokens_without_checkpointing + 1} on"
-        elif len(seq_lens) == 1:
-            raise UserError(f"out of memory with one row of {tokens} tokens; lower --max_len")
+            raise UserError(f"{what}; use --resume --tokens_per_forward {num_tokens // 2}")
+        if num_tokens > longest:
+            self.tokens_per_forward = num_tokens // 2
+            remedy = f"--tokens_per_forward {self.tokens_per_forward}"
+        elif self.args.gradient_checkpointing and self.max_tokens_without_checkpointing > 0:
+            self.max_tokens_without_checkpointing = 0
+            remedy = "all layers recomputed"
         else:
-            self.tokens_per_forward = tokens // 2
-            now = f"--tokens_per_forward {self.tokens_per_forward}"
-        say(f"memory     out of it with {tokens} tokens in a micro-batch; now {now}")
+            raise UserError(f"{what}, which are one example; lower --max_len")
+        say(f"memory     {what}; retrying with {remedy}")
 
-    def check_gradients(self) -> None:
-        """Stop before gradients that are not finite reach the weights."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = numerics.total_norm(grads)
-        if not math.isfinite(norm):
-            raise self.broken_step(f"its gradient norm is {norm}")
+    def count_skipped_step(self) -> None:
+        """Count steps that fp16's GradScaler skipped in a row. Raise UserError for too many."""
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.num_consecutive_skips = 0
+            return
+        self.num_consecutive_skips += 1
+        if self.num_consecutive_skips > MAX_CONSECUTIVE_SKIPS:
+            raise self.broken_step(
+                f"{self.num_consecutive_skips} steps in a row had infinite gradients in fp16"
+            )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Return the gradients' norm. Stop before a norm that is not finite reaches the weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In fp16 GradScaler skips such a step.
+        if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise self.broken_step(f"the gradient norm is {float(grad_norm)}")
+        return grad_norm
 
     def broken_step(self, what: str) -> UserError:
-        rows = ", ".join(row["place"] for row in self.step_rows)
+        sources = ", ".join(example["source"] for example in self.current_examples)
         return UserError(
-            f"step {self.state.global_step + 1}: {what}. Training stopped before that reached the "
-            "weights; checkpoints are as they were, nothing is exported. Begin anew with a lower "
-            f"--learning_rate, or mend its rows: {rows}"
+            f"step {self.state.global_step + 1}: {what}. Training stopped before the weights "
+            "changed. Checkpoints are as they were, and no model is exported. Start again with a "
+            f"lower --learning_rate, or correct the examples of this step: {sources}"
         )
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Log and return {"eval_loss"}: the mean over the trained tokens of the validation rows."""
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
+        """Log and return {"eval_loss"}: the mean over all trained tokens of the examples."""
+        examples = self.eval_dataset
+        if eval_dataset is not None:
+            examples = eval_dataset
         self.model.eval()
-        loss_sum, token_sum = 0.0, 0
-        numbers, size = range(len(self.eval_dataset)), self.rows_per_step
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        for first in tqdm.auto.tqdm(numbers[::size], "evaluation", leave=False, disable=quiet):
-            rows = [self.eval_dataset[i] for i in numbers[first : first + size]]
-            part_sum, tokens = self.run_smaller_until_it_fits(self.forward_loss, rows)
-            loss_sum, token_sum = loss_sum + part_sum, token_sum + tokens
-        loss_sum = self.accelerator.reduce(torch.tensor(loss_sum, device=self.args.device)).item()
-        metrics = {f"{metric_key_prefix}_loss": loss_sum / token_sum}
+        loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        num_trained_tokens = 0
+        starts = range(0, len(examples), self.examples_per_step)
+        is_quiet = not sys.stderr.isatty() or not self.is_world_process_zero()
+        for start in tqdm.tqdm(starts, "evaluation", leave=False, disable=is_quiet):
+            stop = min(start + self.examples_per_step, len(examples))
+            chosen = [examples[index] for index in range(start, stop)]
+            part_sum, part_tokens = self.run_until_it_fits(self.sum_losses, chosen)
+            loss_sum += part_sum
+            num_trained_tokens += part_tokens
+        loss_sum = self.accelerator.reduce(loss_sum, "sum").item()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / num_trained_tokens}
         self.log(metrics)
-        state = (self.args, self.state, self.control)
-        self.control = self.callback_handler.on_evaluate(*state, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def is_evaluated(self) -> bool:
         """Return whether the last eval_loss in the log is that of the weights as they are."""
-        last = max((log["step"] for log in self.state.log_history if "eval_loss" in log), default=0)
-        return last == self.state.global_step and not self.args.load_best_model_at_end
+        last_step = None
+        for log in self.state.log_history:
+            if "eval_loss" in log:
+                last_step = log["step"]
+        has_other_weights = self.args.load_best_model_at_end
+        return last_step == self.state.global_step and not has_other_weights
 
-    def forward_loss(self, batches: list[dict], trained_tokens: int) -> tuple[float, int]:
-        """Return (loss summed over this process's trained tokens, those of all processes)."""
-        loss_sum = 0.0
+    def sum_losses(self, micro_batches: list[dict], num_trained_tokens: int):
+        """Return (summed loss of this process, num_trained_tokens of all), without gradients."""
+        loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
         with torch.no_grad(), self.accelerator.autocast():
-            for batch in batches:
-                self.running = batch["seq_lens"]
-                loss_sum += self.model(**batch)["loss"].item()
-        return loss_sum, trained_tokens
+            for micro_batch in micro_batches:
+                loss_sum += self.model(**micro_batch, num_items_in_batch=1)["loss"]
+        return loss_sum, num_trained_tokens
 
     def log(self, logs: dict, start_time=None) -> None:
-        """Log as Trainer does; of steps, also the throughput and its share of the GPUs' peak."""
+        """Log as Trainer does. A step's line has the throughput, too."""
         if "loss" in logs:
-            seconds = time.time() - self.since
-            logs["tokens_per_s"] = round(self.num_tokens / seconds)
-            if self.args.device.type == "cuda":
-                if peak := memory_plan.peak_tflops(torch.cuda.get_device_name()):
-                    logs["mfu"] = self.flops / seconds / (peak * 1e12 * self.args.world_size)
-                gpus = range(torch.cuda.device_count())
-                logs["peak_gib"] = max(map(torch.cuda.max_memory_allocated, gpus)) / GIB
-            self.num_tokens, self.flops = 0, 0
-            if self.args.fp16:  # those that the loss scaler skipped, and the schedule with it
+            logs.update(self.throughput.metrics())
+            if self.args.fp16:
                 logs["skipped_steps"] = self.state.global_step - self.lr_scheduler.last_epoch
         super().log(logs, start_time)
 
 
-def trainer_arguments(script_args, training_args, precision, rows: dict):
-    """Return the TrainingArguments for Trainer, for which a step is one large batch."""
-    bf16_weights = precision.weights == torch.bfloat16  # then nothing is left for autocast
-    args = replace(
+def without_first_step(lr_factor):
+    """Return the schedule lr_factor(step) from its second step on."""
+    return lambda step: lr_factor(step + 1)
+
+
+# ---- Data: from files to examples ---------------------------------------------------------------
+def prepare_tokenizer(args: SFTArguments):
+    """Return the tokenizer, whose chat template has the trained system prompt as its default.
+
+    Raises UserError where the template renders a conversation otherwise than `encode` does: the
+    model would be trained on one format and served with another.
+    """
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    for messages in TEMPLATE_PROBES:
+        check_rendering(tokenizer, messages, encode(messages, tokenizer)["input_ids"])
+    add_default_system_prompt(tokenizer, args.system_prompt)
+    return tokenizer
+
+
+def encode_records(batch: dict, tokenizer, system_prompt: str, train_on: str) -> dict[str, list]:
+    """Return the columns of encoded records: input_ids, labels, and why a record is refused."""
+    conversations, columns = parse_records(batch, system_prompt, train_on)
+    encodings = encode_batch(conversations, tokenizer)
+    columns.update(count_tokens(conversations, encodings, tokenizer.backend_tokenizer))
+    return columns
+
+
+def encode_files(paths: list[Path], tokenizer, args: SFTArguments) -> datasets.Dataset:
+    """Return the encoded records of all files. They are encoded once, and then kept on disk."""
+    settings = {"system_prompt": args.system_prompt, "train_on": args.train_on}
+    cache = EncodingCache(paths, tokenizer.backend_tokenizer, settings, encode_files)
+    with cache.lock():
+        if not cache.is_complete:
+            records = read_records(paths, cache.folder)
+            records.map(
+                encode_records,
+                batched=True,
+                fn_kwargs={"tokenizer": tokenizer, **settings},
+                remove_columns=["text"],
+                features=ENCODED_FEATURES,
+                num_proc=cache.num_proc,
+                cache_file_name=cache.file_name,
+                desc="encoding",
+            )
+            cache.complete()
+    return cache.load()
+
+
+def load_examples(args: SFTArguments, tokenizer) -> dict[str, Examples]:
+    """Return the examples to train on, and those to evaluate on. Print what became of all rows.
+
+    The examples are cut to max_len here, once. Raises UserError for rows that are refused.
+    """
+    examples = {}
+    for split, paths in find_data_files(args.data_path).items():
+        encoded = encode_files(paths, tokenizer, args)
+        examples[split] = select_examples(
+            encoded, paths, args.max_len, args.overflow_strategy, args.skip_bad_rows
+        )
+    if args.validation_split > 0:
+        if "validation" in examples:
+            raise UserError("--validation_split: there is a validation file; choose one of them")
+        train, validation = split_examples(examples["train"], args.validation_split, args.seed)
+        examples = {"train": train, "validation": validation}
+    if args.eval_strategy != "no" and "validation" not in examples:
+        raise UserError(
+            "--eval_strategy needs validation rows: a file named validation.jsonl beside "
+            "train.jsonl, or --validation_split 0.02"
+        )
+    for split, chosen in examples.items():
+        print_counts(split, chosen.counts)
+    if "validation" in examples:
+        warn_of_shared_rows(examples["train"], examples["validation"])
+    shortest = examples["train"][int(examples["train"].lengths.argmin())]
+    print(f"example    {mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
+    return examples
+
+
+# ---- The run ------------------------------------------------------------------------------------
+# These options decide what is learnt, beside the examples, the model and the number formats.
+OPTIONS_OF_A_RUN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "seed",
+    "data_seed",
+    "system_prompt",
+    "num_train_epochs",
+    "max_steps",
+    "eval_strategy",
+    "eval_steps",
+    "early_stopping_patience",
+    "load_best_model_at_end",
+)
+
+
+def make_fingerprint(args: SFTArguments, training_args, plan: Plan, examples: dict) -> dict:
+    """Return all that decides what is learnt. --resume goes on only where all of it is the same.
+
+    The examples count as their tokens and labels, in the order of the first epoch.
+    """
+    train_examples = examples["train"]
+    examples_per_step = count_examples_per_step(training_args)
+    sampler = StepSampler(len(train_examples), examples_per_step, seed_of_order(args))
+    first_epoch = [index for step in sampler for index in step]
+    fingerprint = {
+        "model": digest_model(args.model_name_or_path),
+        "train_examples": train_examples.digest(first_epoch),
+        "examples_per_step": examples_per_step,
+        "num_steps": count_steps(len(train_examples), training_args),
+        "optim": plan.precision.optim,
+        "weights": str(plan.precision.weights),
+        "compute": str(plan.precision.compute),
+    }
+    if "validation" in examples:
+        fingerprint["validation_examples"] = examples["validation"].digest()
+    for name in OPTIONS_OF_A_RUN:
+        fingerprint[name] = getattr(args, name)
+    return fingerprint
+
+
+def seed_of_order(args) -> int:
+    """Return the seed of the order of examples."""
+    if args.data_seed is None:
+        return args.seed
+    return args.data_seed
+
+
+def make_plan(config, args: SFTArguments, training_args, examples: Examples) -> Plan:
+    """Return the plan for these examples and devices, and print it. Raise UserError if it fails."""
+    num_trained_tokens = int(examples.num_answer_tokens.sum())
+    plan = plan_run(config, args, training_args, examples.lengths, num_trained_tokens)
+    drawn = np.random.default_rng(0).permutation(examples.lengths)
+    typical_step = drawn[: count_examples_per_step(training_args)].tolist()
+    num_processes = training_args.world_size
+    bins = bin_by_tokens(typical_step, plan.tokens_per_forward, num_processes)
+    print_plan(plan, num_forward_passes=len(bins) // num_processes)
+    check_plan(plan)
+    check_schedule(training_args, count_steps(len(examples), training_args))
+    return plan
+
+
+def adapt_training_arguments(training_args, plan: Plan, evaluates_first: bool):
+    """Return Trainer's arguments for batches that are whole steps, in the plan's number formats."""
+    precision = plan.precision
+    num_examples = count_examples_per_step(training_args)
+    adapted = dataclasses.replace(
         training_args,
-        per_device_train_batch_size=rows_per_step(training_args) // training_args.world_size,
+        per_device_train_batch_size=num_examples // training_args.world_size,
         gradient_accumulation_steps=1,
-        bf16=precision.compute_dtype == torch.bfloat16 and not bf16_weights,
-        fp16=precision.compute_dtype == torch.float16,
+        bf16=precision.needs_autocast and precision.compute == torch.bfloat16,
+        fp16=precision.needs_autocast and precision.compute == torch.float16,
         optim=precision.optim,
-        eval_on_start="validation" in rows and not script_args.resume,
+        eval_on_start=evaluates_first,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process: never nn.DataParallel
-    if args.fsdp:  # accelerate's own policy would sum gradients in half precision
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+    # With several GPUs in one process Trainer would wrap the model in nn.DataParallel.
+    adapted._n_gpu = min(adapted.n_gpu, 1)
+    if adapted.fsdp:
+        # accelerate would sum gradients in half precision.
+        adapted.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=precision.compute, reduce_dtype=torch.float32
+        )
+    return adapted
 
-        policy = MixedPrecisionPolicy(precision.compute_dtype, reduce_dtype=torch.float32)
-        args.fsdp_plugin_args["mixed_precision_policy"] = policy
-    return args
 
-
-def build_trainer(model, tokenizer, script_args, training_args, rows, precision, plan, stop):
-    """Return the transformers.Trainer with StepTrainer's steps, over the rows of each split."""
-    from accelerate.utils import AutocastKwargs
-
-    from sft.shards import ShardedCheckpoints  # here, as accelerate: they take a second
-
-    args = trainer_arguments(script_args, training_args, precision, rows)
-    optimizer = None  # Trainer's own of this name
-    if precision.optim == "adamw_torch_8bit":
-        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        options |= {"eps": args.adam_epsilon, "bf16_stochastic_round": True}  # if weights are bf16
-        options["seed"] = args.seed + args.process_index  # of the rounding
-        optimizer = (numerics.adamw_8bit_class(), options)
-    hooks = [callbacks.MetricsLog(), stop]
-    if script_args.early_stopping_patience:
-        hooks.append(transformers.EarlyStoppingCallback(script_args.early_stopping_patience))
-    bases = (StepTrainer, run_folder.WholeCheckpoints, ShardedCheckpoints, transformers.Trainer)
-    trainer = type("SFTTrainer", bases, {})(  # here: importing Trainer takes seconds
-        model,
-        args,
-        plan,
-        script_args.max_len,
-        rows_per_step(training_args),
+def make_trainer(
+    args: SFTArguments, training_args, plan: Plan, tokenizer, examples: dict, evaluates_first: bool
+) -> SFTTrainer:
+    """Return the trainer with its model. Raise UserError where the model cannot be loaded."""
+    precision = plan.precision
+    check_optimizer(precision.optim, training_args.device.type, training_args.world_size)
+    model = load_weights(
+        Qwen2ForCausalLM,
+        args.model_name_or_path,
+        dtype=precision.weights,
+        device_map=plan.device_map,
+        attn_implementation="packed_attention",
+        # FSDP sends the weights from the first process of a machine to the others.
+        weights_are_sent=plan.job.num_shards > 1 and training_args.local_process_index > 0,
+    )
+    callbacks = []
+    if args.early_stopping_patience is not None:
+        callbacks.append(transformers.EarlyStoppingCallback(args.early_stopping_patience))
+    trainer = SFTTrainer(
+        plan=plan,
+        examples_per_step=count_examples_per_step(training_args),
+        model=model,
+        args=adapt_training_arguments(training_args, plan, evaluates_first),
         processing_class=tokenizer,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("validation"),
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=hooks,
+        train_dataset=examples["train"],
+        eval_dataset=examples.get("validation"),
+        optimizer_cls_and_kwargs=optimizer_class_and_options(
+            args, precision, training_args.process_index
+        ),
+        callbacks=callbacks,
     )
-    # A cache of half-precision weights would cost 2 bytes a parameter, and save little time.
+    # A cache of the casts of weights would take 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     return trainer
 
 
-# ---- The run ------------------------------------------------------------------------------------
-def read_data(args, training_args, tokenizer) -> tuple[dict, dict, dict]:
-    """Return all rows of each split, those to train on, and their counts; print the counts."""
-    tables, rows, counts, files = {}, {}, {}, find_data_files(args.data_path)
-    if training_args.eval_strategy != "no" and "validation" not in files:
-        raise UserError("--eval_strategy needs validation rows: a file named validation*")
-    for split, paths in files.items():
-        tables[split] = encode_files(paths, tokenizer, args.system_prompt, encode_batch, __file__)
-        limits = (args.max_len, args.overflow_strategy, args.skip_bad_rows)
-        rows[split], counts[split] = fit_rows(tables[split], *limits)
-        encoded_rows.print_data(split, counts[split])
-    shortest = truncate(rows["train"][int(rows["train"]["num_tokens"].argmin())], args.max_len)
-    example = encoded_rows.mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())
-    print(f"example    {example}", flush=True)
-    return tables, rows, counts
+def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, export_dtype) -> int:
+    """Train, write the model, evaluate, answer held-out questions. Return the exit code."""
+    run_lines = set_up_reporting(trainer)
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    questions = []
+    end_id = tokenizer.convert_tokens_to_ids(IM_END)
+    # A model in shards takes a second for each token of an answer.
+    asks_questions = trainer.eval_dataset is not None and not trainer.is_fsdp_enabled
+    if asks_questions:
+        questions = choose_questions(trainer.eval_dataset, end_id)
+    max_tokens = trainer.tokens_per_forward
+    answers_before = answer_questions(trainer.model, questions, end_id, max_tokens)
 
+    with stop, explain_failures():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        is_stopped = stop.is_requested(trainer.args)
+    if is_stopped:
+        progress = describe_progress(trainer.output_dir)
+        say(f"stopped    after step {trainer.state.global_step}; {progress}")
+        return 128 + stop.signal_number
 
-def make_plan(config, args, training_args, rows) -> tuple:
-    """Return (Precision, Plan) for these devices and rows; print what will be done and why."""
-    lengths = rows["num_tokens"].clip(max=args.max_len)
-    if args.max_len > (positions := config.max_position_embeddings):
-        print(f"max_len    {encoded_rows.beyond_positions(args.max_len, positions)}")
-    capacities, capability = memory_plan.find_devices(args.gpus, training_args)
-    precision = with_optim(memory_plan.choose_precision(capability, args.fp32), args.chosen_optim)
-    # Processes on the CPU have all weights each.
-    shards = 1 if precision.compute_dtype == torch.float32 else training_args.world_size
-    job, longest = memory_plan.Job(config, precision, capacities, shards), int(lengths.max())
-    plan = memory_plan.plan_memory(job, args, training_args, longest)
-    memory_plan.print_plan(plan, job, args, training_args, lengths, bin_rows)
-    memory_plan.check_plan(plan, job, args, training_args, longest)
-    return precision, plan
-
-
-def run(args: ScriptArguments, training_args) -> int:
-    """Read, encode, plan, train, export; return the exit code. Raises UserError."""
-    if not args.gpus:
-        memory_plan.check_machine(training_args)
-    default, on_gpu = ScriptArguments.model_name_or_path, training_args.device.type == "cuda"
-    config = model_folder.check_model(args.model_name_or_path, default, on_gpu or args.dry_run)
-    tokenizer = load_tokenizer(args.model_name_or_path, args.system_prompt)
-    tables, rows, counts = read_data(args, training_args, tokenizer)
-    precision, plan = make_plan(config, args, training_args, rows["train"])
-    if args.dry_run:
-        return 0
-    if precision.optim == "adamw_torch_8bit":
-        numerics.check_compiler(training_args.device.type)
-        print("compile    the optimizer at its first step, which takes a minute the first time")
-    terms = run_folder.resume_terms(args, training_args, precision, rows)
-    folder = run_folder.open_run(args, training_args, terms, counts)
-    with folder as checkpoint, callbacks.wandb_run(training_args):
-        if args.skip_bad_rows and training_args.should_save:
-            encoded_rows.write_rejected(tables.values(), training_args.output_dir)
-        model = load_model(args.model_name_or_path, precision.weights, plan.device_map)
-        stop = callbacks.StopOnSignal()
-        trainer = build_trainer(model, tokenizer, args, training_args, rows, precision, plan, stop)
-        base_dtype = config.dtype or precision.weights  # the export has that of the base's files
-        return train_and_export(trainer, tokenizer, stop, checkpoint, base_dtype)
-
-
-def train_and_export(trainer, tokenizer, stop, checkpoint: str | None, dtype: torch.dtype) -> int:
-    """Train, evaluate, write the model; return the exit code."""
-    output_dir, questions = trainer.args.output_dir, []
-    if trainer.eval_dataset is not None and not trainer.is_fsdp_enabled:  # takes 1 s a token
-        questions = answers.held_out_questions(trainer.eval_dataset)
-    before = answers.answer(trainer.model, tokenizer, questions)
-    if stop_signal := callbacks.train(trainer, stop, checkpoint):
-        return 128 + stop_signal
-    trainer.model.config.use_cache = True  # Trainer turned it off; what is served needs it
-    trainer.export(dtype, IM_END)
+    trainer.export(export_dtype)
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
-    after = answers.answer(trainer.model, tokenizer, questions)
-    answers.print_answers(tokenizer, questions, before, after)
-    print(f"logs       {output_dir}/metrics.jsonl, {output_dir}/run.json")
-    print(f"model      {output_dir} ({dtype}, as the base); to serve it: vllm serve {output_dir}")
+    answers_after = answer_questions(trainer.model, questions, end_id, max_tokens)
+    if asks_questions:
+        num_examples = len(trainer.eval_dataset)
+        print_answers(tokenizer, num_examples, questions, answers_before, answers_after)
+    run_lines.print_summary(trainer.args, trainer.state, name_format(export_dtype))
     return 0
 
 
+@record  # torchrun's report shows what is raised here.
+def run(args: SFTArguments) -> int:
+    """Read, encode, plan, train, export. Return the exit code; raise UserError."""
+    training_args = make_training_arguments(args)
+    check_machine(training_args)
+    check_output_dir(args)
+    config = check_model(args, args.dry_run or training_args.device.type == "cuda")
+    tokenizer = prepare_tokenizer(args)
+
+    examples = load_examples(args, tokenizer)
+    check_vocabulary(config, args.model_name_or_path, examples["train"].largest_token_id())
+    plan = make_plan(config, args, training_args, examples["train"])
+    if args.dry_run:
+        return 0
+
+    fingerprint = make_fingerprint(args, training_args, plan, examples)
+    counts = {split: dataclasses.asdict(chosen.counts) for split, chosen in examples.items()}
+    with open_run(args, training_args, fingerprint, {"counts": counts}) as checkpoint:
+        if args.skip_bad_rows and training_args.should_save:
+            write_rejected(examples, args.output_dir)
+        with wandb_run(training_args, None):
+            evaluates_first = "validation" in examples and checkpoint is None
+            trainer = make_trainer(args, training_args, plan, tokenizer, examples, evaluates_first)
+            export_dtype = config.dtype or plan.precision.weights
+            if training_args.should_save:
+                rehearse_export(trainer.output_dir, trainer.model, tokenizer, export_dtype)
+            return train_and_export(trainer, tokenizer, checkpoint, export_dtype)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the script; return its exit code, 1 after a UserError. A wrong argument exits with 2."""
-    callbacks.quiet_libraries()
-    argv = sys.argv[1:] if argv is None else argv
-    args, training_args = parse_arguments(argv, ScriptArguments, TRAINING_DEFAULTS)
-    rank = training_args.process_index
-    silence = redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
+    """Run the script. Return 0, or 1 after a UserError, or 128 plus the number of a signal.
+
+    A wrong argument ends the process with exit code 2.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    outlive_console()
+    quiet_libraries()
+    drop_foreign_environment()
+    if argv is None:
+        argv = sys.argv[1:]
+    args = parse(argv, SFTArguments)
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        with callbacks.lasting_console(), silence:  # the first prints for all; each its own error
-            code = run(args, training_args)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        return code
-    except (UserError, OSError) as error:  # a full disk, files without permission, a lost network
-        where = f" in process {rank}" * (training_args.world_size > 1)
+        with first_process_prints(rank):
+            exit_code = run(args)
+    except (UserError, OSError) as error:
+        where = ""
+        if "RANK" in os.environ:
+            where = f" in process {rank}"
         print(f"error{where}: {error}", file=sys.stderr)
-        callbacks.tell_torchrun(f"error{where}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"stopped    {run_folder.saved_so_far(training_args.output_dir)}", file=sys.stderr)
+        print(f"stopped    {describe_progress(Path(args.output_dir))}", file=sys.stderr)
         return 128 + signal.SIGINT
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return exit_code
+
+
+def first_process_prints(rank: int):
+    """Return a context in which the other processes print nothing but errors."""
+    if rank == 0:
+        return nullcontext()
+    return redirect_stdout(open(os.devnull, "w"))
 
 
 if __name__ == "__main__":

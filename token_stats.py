@@ -1,196 +1,280 @@
-"""Count the tokens of training rows as sft_qwen2.py encodes them, to choose max_len beforehand.
+"""Count the tokens of training examples as sft_qwen2.py encodes them, to choose max_len beforehand.
 
     python token_stats.py --data_path my_data/
-    python token_stats.py run.json                      # the data and model of these arguments
+    python token_stats.py run.json                  # the data and the model of these arguments
 
-A row's tokens are prompt + answer: answers and the <|im_end|> after each are trained. The encoded
-rows are cached for sft_qwen2.py. Only the tokenizer is loaded. Exit code 1: rows would be refused.
+The tokens of an example are prompt and answer together. Each answer and the <|im_end|> after it are
+trained. Only the tokenizer is loaded. The encoded examples are cached for sft_qwen2.py.
+Exit code 1 means that sft_qwen2.py would refuse the data.
 """
 
-import argparse
 import contextlib
-import itertools
 import json
+import math
 import shlex
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import transformers
 
-import sft_qwen2
-from sft import callbacks
-from sft.encoded_rows import beyond_positions, encode_files
-from sft.rows import UserError, as_user_error, find_data_files
+from sft.command_line import list_options, option, parse, read_flags
+from sft.console import outlive_console, quiet_libraries
+from sft.data_files import find_data_files
+from sft.errors import UserError
+from sft.examples import count_kept_tokens, describe_rejected, get_column
+from sft.plan_report import MIN_STEPS, suggest_schedule
+from sft_qwen2 import SFTArguments, bin_by_tokens, encode_files, prepare_tokenizer
 
-SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
-LEVELS = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}  # percentiles
-BARS, BAR_WIDTH = 16, 56  # of the histogram: at most so many, so many columns long
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments; those of the trainer only if given. Exit code 2 if wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    trainer, unset = parser.add_argument_group("as in sft_qwen2.py"), argparse.SUPPRESS
-    trainer.add_argument("--model_name_or_path", default=unset, help="hub name or folder")
-    trainer.add_argument("--data_path", nargs="+", default=unset, help="files, or folder of them")
-    trainer.add_argument("--system_prompt", default=unset, help="for rows that have none")
-    trainer.add_argument("--skip_bad_rows", action="store_true", default=unset, help="exit with 0")
-    parser.add_argument("arguments", nargs="?", help="JSON file of sft_qwen2.py's arguments")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
-    return parser.parse_args(argv)
+PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
+SHORTEST_MAX_LEN = 512  # tokens; each next candidate is twice as long
+NUM_SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro-batches they make
+MAX_BARS = 16
+BAR_COLUMNS = 56
+# These options may be flags here. A file of arguments may have all.
+FLAGS = ["model_name_or_path", "data_path", "system_prompt", "train_on", "skip_bad_rows", "json"]
 
 
-def load_tokenizer(name: str, system_prompt: str):
-    """Return the tokenizer and the longest row in tokens that the model takes; or UserError."""
-    tokenizer = sft_qwen2.load_tokenizer(name, system_prompt)
-    limits = [tokenizer.model_max_length]  # 1e30 if its files do not say
-    with contextlib.suppress(OSError, ValueError):  # the tokenizer's files alone will do
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+@dataclass(kw_only=True)
+class StatsArguments(SFTArguments):
+    """The options of sft_qwen2.py, and one more."""
+
+    json: bool = option(False, "Print one JSON object, nothing else.", group="Output")
+
+
+# ---- Counting -----------------------------------------------------------------------------------
+def find_longest_input(name_or_path: str, tokenizer) -> int:
+    """Return how many tokens the model takes at most."""
+    limits = [tokenizer.model_max_length]  # 1e30 if the tokenizer's files do not say
+    # A folder with the tokenizer's files alone is enough to count.
+    with contextlib.suppress(OSError, ValueError):
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         limits.append(config.max_position_embeddings)
-    return tokenizer, int(min(limits))
+    return int(min(limits))
 
 
-def count_losses(rows, max_lens: list[int]) -> tuple[list[int], np.ndarray]:
-    """Return the answer tokens behind each max_len, and each long row's first trained position."""
-    lost, first = np.zeros(len(max_lens), np.int64), np.zeros(len(rows), np.int32)
-    for i in np.flatnonzero(rows["num_tokens"] > max_lens[0]):
-        trained = np.flatnonzero(rows[i]["labels"] >= 0)
-        first[i] = trained[0]
-        lost += len(trained) - np.searchsorted(trained, max_lens)
-    return lost.tolist(), first
+def summarize(num_tokens: np.ndarray) -> dict[str, float]:
+    """Return the mean and the percentiles of token counts."""
+    summary = {"mean": round(float(num_tokens.mean()), 1)}
+    for name, percentile in PERCENTILES.items():
+        summary[name] = int(np.percentile(num_tokens, percentile, method="higher"))
+    return summary
 
 
-def compare_max_lens(rows, batch: int, rows_per_step: int, limit: int) -> list[dict]:
-    """Return what each candidate max_len costs if longer rows are truncated; tokens as shares."""
-    num_tokens, answer_tokens = rows["num_tokens"], int(rows["num_answer_tokens"].sum())
-    max_lens, results = [512], []  # the first candidate; each next one is twice as long
-    while max_lens[-1] < min(num_tokens.max(), limit):
+def list_max_lens(longest: int, limit: int) -> list[int]:
+    """Return 512, 1024, ... tokens up to the longest example, or up to what the model takes."""
+    max_lens = [SHORTEST_MAX_LEN]
+    while max_lens[-1] < min(longest, limit):
         max_lens.append(2 * max_lens[-1])
     max_lens[-1] = min(max_lens[-1], limit)
-    lost, first = count_losses(rows, max_lens)
-    for max_len, lost_tokens in zip(max_lens, lost):
-        over, no_answer = int((num_tokens > max_len).sum()), int((first >= max_len).sum())
-        trained = num_tokens[(num_tokens > 0) & (first < max_len)].clip(max=max_len)
-        rng, size = np.random.default_rng(0), min(rows_per_step, len(trained))
-        steps = [rng.choice(trained, size, replace=False).tolist() for _ in range(SAMPLED_STEPS)]
-        result = {"max_len": max_len, "rows_over": over, "answers_cut": over - no_answer}
-        result |= {"answers_lost": no_answer, "answer_tokens_lost": lost_tokens / answer_tokens}
-        result["steps_per_epoch"] = -(-len(trained) // rows_per_step)
-        passes = float(
-            np.median([len(sft_qwen2.bin_rows(step, batch * max_len)) for step in steps])
-        )
-        results.append(result | {"micro_batches_per_step": float(np.median(passes))})
-    return results
+    return max_lens
 
 
-def suggest(results: list[dict], rows: int, longest: int) -> tuple[int, str]:
-    """Return the smallest max_len that cuts nothing, or the model's limit, and why it is that."""
-    text = "{rows_over:,} rows cut, {answer_tokens_lost:.2%} of the answer tokens lost"
-    chosen, reason = results[-1], f"the smallest that cuts no row (longest: {longest:,})"
-    if chosen["rows_over"]:
-        reason = f"the most this model takes; longest row: {longest:,}; {text.format(**chosen)}"
-    elif len(results) > 1 and results[-2]["rows_over"] <= max(1, rows // 1000):
-        reason += f"; at {results[-2]['max_len']:,}: {text.format(**results[-2])}"
-    return chosen["max_len"], reason
+def count_examples_per_step(args) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def read_all(chosen: dict) -> tuple:
-    """Return the longest row that the model takes, the rows of train, and figures of each split."""
-    files, stats = find_data_files(chosen["data_path"]), {"files": {}, "refused_rows": []}
-    tokenizer, limit = load_tokenizer(chosen["model_name_or_path"], chosen["system_prompt"])
-    how = (chosen["system_prompt"], sft_qwen2.encode_batch, sft_qwen2.__file__)
-    for split, paths in reversed(files.items()):  # train last: what follows is about it
-        rows = encode_files(paths, tokenizer, *how)
-        bad = rows.select(rows["num_tokens"] == 0)
-        reasons = [f"{row['place']}: {row['error']}" for row in itertools.islice(bad, 20)]
-        stats["refused_rows"][:0] = reasons
-        counts = {"rows": len(rows) - len(bad), "refused": len(bad)}
-        counts["longest"] = int(rows["num_tokens"].max())
-        counts["control_tokens"] = int(rows["num_control_tokens"].sum())
-        stats["files"][split] = {"path": ", ".join(map(str, paths)), **counts}
-    return limit, rows, stats
+def measure_max_len(encoded, max_len: int, args) -> dict[str, float]:
+    """Return what a max_len costs where longer examples are truncated."""
+    num_tokens = get_column(encoded, "num_tokens")
+    answer_tokens = get_column(encoded, "num_answer_tokens")
+    kept_tokens = count_kept_tokens(encoded, max_len, "truncate")
+    lost_tokens = answer_tokens - kept_tokens
+    is_over = num_tokens > max_len
+    num_over = int(np.count_nonzero(is_over))
+    num_lost = int(np.count_nonzero(is_over & (kept_tokens == 0)))
+    lengths = np.minimum(num_tokens[kept_tokens > 0], max_len)
+    return {
+        "max_len": max_len,
+        "num_over": num_over,
+        "num_cut": num_over - num_lost,  # a part of their answers is trained
+        "num_lost": num_lost,  # no answer is left: they are not trained
+        "lost_token_share": float(lost_tokens.sum() / answer_tokens.sum()),
+        "steps_per_epoch": math.ceil(len(lengths) / count_examples_per_step(args)),
+        "micro_batches_per_step": count_micro_batches(lengths, max_len, args),
+    }
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Return all figures, ready for JSON; without "tokens" if no row is good; raises UserError."""
-    flags, values = {k: v for k, v in vars(args).items() if k not in ("arguments", "json")}, {}
-    if args.arguments:
-        with as_user_error(f"{args.arguments}: cannot be read"):
-            values = dict(json.loads(Path(args.arguments).read_text(encoding="utf-8")))
-    chosen = vars(sft_qwen2.ScriptArguments()) | sft_qwen2.TRAINING_DEFAULTS | values | flags
-    limit, rows, stats = read_all(chosen)
-    stats["skip_bad_rows"] = chosen["skip_bad_rows"] in (True, "true")
-    if "max_len" in values and int(chosen["max_len"]) > limit:
-        stats["warning"] = beyond_positions(int(chosen["max_len"]), limit)
-    total, answer = rows["num_tokens"], rows["num_answer_tokens"]
-    if not (longest := int(total.max())):
+def count_micro_batches(lengths: np.ndarray, max_len: int, args) -> float:
+    """Return the median number of micro-batches of a step, where memory allows their size."""
+    tokens_per_forward = args.tokens_per_forward or args.per_device_train_batch_size * max_len
+    examples_per_step = count_examples_per_step(args)
+    generator = np.random.default_rng(0)
+    counts = []
+    for _ in range(NUM_SAMPLED_STEPS):
+        drawn = generator.permutation(lengths)
+        step = drawn[:examples_per_step].tolist()
+        bins = bin_by_tokens(step, tokens_per_forward)
+        counts.append(len(bins))
+    return float(np.median(counts))
+
+
+def explain_choice(candidates: list[dict], num_examples: int, longest: int) -> str:
+    """Return why the last candidate is suggested: it cuts nothing, or the model takes no more."""
+    last = candidates[-1]
+    if last["num_over"] > 0:
+        return f"the most this model takes; longest row: {longest:,}; {describe_loss(last)}"
+    reason = f"the smallest that cuts no row (longest: {longest:,})"
+    if len(candidates) > 1:
+        shorter = candidates[-2]
+        if shorter["num_over"] <= max(1, num_examples // 1000):
+            reason += f"; at {shorter['max_len']:,}: {describe_loss(shorter)}"
+    return reason
+
+
+def describe_loss(candidate: dict) -> str:
+    share = candidate["lost_token_share"]
+    return f"{candidate['num_over']:,} rows cut, {share:.2%} of the answer tokens lost"
+
+
+def make_command(argv: list[str], args, max_len: int, num_examples: int) -> str:
+    """Return the command that trains on the same data, with enough steps to learn something."""
+    words = ["python", "sft_qwen2.py"]
+    flag_words = list(argv)
+    if argv and not argv[0].startswith("-"):
+        words.append(flag_words.pop(0))
+    values = read_flags(flag_words, list_options(StatsArguments))
+    values.pop("json", None)
+    values["max_len"] = max_len
+    steps_per_epoch = math.ceil(num_examples / count_examples_per_step(args))
+    num_steps = steps_per_epoch * args.num_train_epochs
+    if num_steps < MIN_STEPS and args.max_steps <= 0:
+        schedule = suggest_schedule(num_examples, args.per_device_train_batch_size)
+        values.update(schedule)
+    for name, value in values.items():
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def make_histogram(num_tokens: np.ndarray) -> dict[str, list[int]]:
+    """Return edges [n + 1] and counts [n] of at most MAX_BARS bars, 1, 2, 4, ... tokens wide."""
+    shortest = int(num_tokens.min())
+    longest = int(num_tokens.max())
+    width = 1
+    while longest // width - shortest // width >= MAX_BARS:
+        width *= 2
+    edges = np.arange(shortest // width, longest // width + 2) * width
+    counts, _ = np.histogram(num_tokens, edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def measure(args, argv: list[str]) -> dict:
+    """Return all figures, ready for JSON; without "tokens" if all rows are refused.
+
+    Raises UserError where files cannot be read.
+    """
+    tokenizer = prepare_tokenizer(args)
+    limit = find_longest_input(args.model_name_or_path, tokenizer)
+    stats = {"files": {}, "refused": []}
+    encoded = {}
+    for split, paths in find_data_files(args.data_path).items():
+        encoded[split] = encode_files(paths, tokenizer, args)
+        stats["refused"] += describe_rejected(encoded[split], paths)
+        num_tokens = get_column(encoded[split], "num_tokens")
+        stats["files"][split] = {
+            "path": ", ".join(map(str, paths)),
+            "num_examples": int(np.count_nonzero(num_tokens)),
+            "num_refused": int(np.count_nonzero(num_tokens == 0)),
+            "longest": int(num_tokens.max()),
+            "num_control_tokens": int(get_column(encoded[split], "num_control_tokens").sum()),
+        }
+    total = get_column(encoded["train"], "num_tokens")
+    is_good = total > 0
+    if not is_good.any():
         return stats
-    stats["tokens"] = {}
-    for name, tokens in {"total": total, "prompt": total - answer, "answer": answer}.items():
-        found = np.percentile(tokens[total > 0], list(LEVELS.values()), method="higher").tolist()
-        stats["tokens"][name] = {"mean": round(float(tokens[total > 0].mean()), 1)}
-        stats["tokens"][name] |= zip(LEVELS, found)
-    batch = int(chosen["per_device_train_batch_size"])
-    rows_per_step = batch * int(chosen["gradient_accumulation_steps"])
-    results = compare_max_lens(rows, batch, rows_per_step, limit)
-    max_len, reason = suggest(results, int((total > 0).sum()), longest)
-    words = [args.arguments] if args.arguments else []
-    for name, value in flags.items():
-        words += [f"--{name}", *([] if value is True else np.atleast_1d(value).tolist())]
-    command = shlex.join(["python", "sft_qwen2.py", *words, "--max_len", str(max_len)])
-    stats["suggestion"] = {"max_len": max_len, "reason": reason, "command": command}
-    low, sizes = int(total[total > 0].min()), (n * 10**k for k in range(9) for n in (1, 2, 5))
-    size = next(size for size in sizes if longest - low < size * (BARS - 1))
-    edges = np.arange(low // size * size, longest + size + 1, size)
-    histogram = dict(edges=edges.tolist(), rows=np.histogram(total[total > 0], edges)[0].tolist())
-    return stats | {"max_lens": results, "histogram": histogram}
+    total = total[is_good]
+    answer = get_column(encoded["train"], "num_answer_tokens")[is_good]
+    stats["tokens"] = {
+        "total": summarize(total),
+        "prompt": summarize(total - answer),
+        "answer": summarize(answer),
+    }
+    longest = int(total.max())
+    candidates = []
+    for max_len in list_max_lens(longest, limit):
+        candidates.append(measure_max_len(encoded["train"], max_len, args))
+    chosen = candidates[-1]["max_len"]
+    stats["max_lens"] = candidates
+    stats["suggestion"] = {
+        "max_len": chosen,
+        "reason": explain_choice(candidates, len(total), longest),
+        "command": make_command(argv, args, chosen, len(total)),
+    }
+    stats["histogram"] = make_histogram(total)
+    return stats
 
 
+# ---- Printing -----------------------------------------------------------------------------------
 def print_stats(stats: dict) -> None:
-    total, (edges, counts) = stats["tokens"]["total"], stats["histogram"].values()
-    print(
-        "最大长度 longest: {max}\n最小长度 shortest: {min}\n平均长度 mean: {mean}\n".format(**total)
-    )
-    print("tokens  " + "".join(f"{name:>10}" for name in total))
-    for part, found in stats["tokens"].items():
-        print(f"{part:8}" + "".join(f"{tokens:>10,}" for tokens in found.values()))
+    """Print lengths, candidates of max_len, the suggestion, a histogram and the files."""
+    total = stats["tokens"]["total"]
+    print(f"最大长度 longest: {total['max']}")
+    print(f"最小长度 shortest: {total['min']}")
+    print(f"平均长度 mean: {total['mean']}")
+    print("\ntokens  " + "".join(f"{name:>10}" for name in total))
+    for part, summary in stats["tokens"].items():
+        print(f"{part:8}" + "".join(f"{number:>10,}" for number in summary.values()))
     print("\nmax_len   rows over  answers cut  lost whole  tokens lost   steps  passes/step")
-    for result in stats["max_lens"]:
-        print("{:<8,}{:>11,}{:>13,}{:>12,}{:>13.2%}{:>8,}{:>13g}".format(*result.values()))
-    print("\nmax_len {max_len}: {reason}\n\n    {command}\n".format(**stats["suggestion"]))
-    for edge, rows in zip(edges, counts):
-        full, eighths = divmod(-(-rows * BAR_WIDTH * 8 // max(counts)), 8)
-        print(f"{edge:>9,} ┤{'█' * full}{' ▏▎▍▌▋▊▉'[eighths].strip()} {rows:,}")
-    text = "{path}: {rows} rows, longest {longest}, {control_tokens} control tokens in texts"
-    print(*(text.format(**about) for about in stats["files"].values()), sep="\n")
+    for candidate in stats["max_lens"]:
+        print(
+            f"{candidate['max_len']:<8,}"
+            f"{candidate['num_over']:>11,}"
+            f"{candidate['num_cut']:>13,}"
+            f"{candidate['num_lost']:>12,}"
+            f"{candidate['lost_token_share']:>13.2%}"
+            f"{candidate['steps_per_epoch']:>8,}"
+            f"{candidate['micro_batches_per_step']:>13g}"
+        )
+    suggestion = stats["suggestion"]
+    print(f"\nmax_len {suggestion['max_len']}: {suggestion['reason']}")
+    print(f"\n    {suggestion['command']}\n")
+    histogram = stats["histogram"]
+    most = max(histogram["counts"])
+    for edge, count in zip(histogram["edges"], histogram["counts"]):
+        bar = "#" * math.ceil(BAR_COLUMNS * count / most)
+        print(f"{edge:>9,} |{bar} {count:,}")
+    for counts in stats["files"].values():
+        print(
+            f"{counts['path']}: {counts['num_examples']:,} rows, longest {counts['longest']:,}, "
+            f"{counts['num_control_tokens']:,} control tokens in texts"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
-    args = parse_arguments(argv)
-    callbacks.quiet_libraries()
+    if argv is None:
+        argv = sys.argv[1:]
+    outlive_console()
+    quiet_libraries()
+    args = parse(argv, StatsArguments, only=FLAGS)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON alone
-            stats = measure(args)
+        # What the trainer's functions and libraries print is no part of the figures.
+        with contextlib.redirect_stdout(sys.stderr):
+            stats = measure(args, argv)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    notes = [*stats["refused_rows"][:20], *([stats["warning"]] if "warning" in stats else [])]
-    refused = sum(about["refused"] for about in stats["files"].values())
-    failed = refused > 0 and not (stats["skip_bad_rows"] and "tokens" in stats)
-    what = "would be refused; mend them or --skip_bad_rows" if failed else "are left out"
-    if refused:
-        notes.append(f"{'error: ' * failed}{refused:,} rows {what}")
-    with callbacks.lasting_console():  # the reader may have seen enough, as head has
-        if args.json:
-            print(json.dumps(stats, indent=2, ensure_ascii=False))
-        elif "tokens" in stats:
-            print_stats(stats)
-    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
-    return int(failed)
+    is_trainable = "tokens" in stats
+    if args.json:
+        print(json.dumps(stats, indent=2, ensure_ascii=False))
+    elif is_trainable:
+        print_stats(stats)
+    for line in stats["refused"]:
+        print(line, file=sys.stderr)
+    num_refused = sum(counts["num_refused"] for counts in stats["files"].values())
+    if num_refused > 0 and not (args.skip_bad_rows and is_trainable):
+        remedy = "fix them, or add --skip_bad_rows"
+        print(f"error: {num_refused:,} rows would be refused; {remedy}", file=sys.stderr)
+        return 1
+    if num_refused > 0:
+        print(f"{num_refused:,} rows are left out", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from sft.errors import UserError
+from sft.host_memory import StateOnHost
 
 BLOCK_SIZE = 128  # values of 8-bit state that share a scale; divides the width of every Qwen2
 MIN_8BIT_VALUES = 4096  # a smaller tensor saves too little memory to be worth 8 bits
@@ -146,14 +147,25 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         }
 
 
-def optimizer_class_and_options(args, precision, rank: int) -> tuple[type, dict] | None:
+class AdamW8bitOnHost(StateOnHost, AdamW8bit):
+    """AdamW8bit with its state in host memory between steps, for the same updates to the bit."""
+
+
+def optimizer_class_and_options(
+    args, precision, rank: int, in_host_memory: tuple[str, ...] = ()
+) -> tuple[type, dict] | None:
     """Return what Trainer takes as `optimizer_cls_and_kwargs`; None lets Trainer make its own.
 
     `args` has the learning rate, AdamW's betas, eps and weight decay, and the seed. `rank` is the
-    number of this process: each process rounds its shards by other random bits.
+    number of this process: each process rounds its shards by other random bits. `in_host_memory`
+    is (), ("state",) or ("state", "gradients").
     """
     if precision.optim != "adamw_torch_8bit":
+        assert not in_host_memory, f"{precision.optim} has no state in host memory"
         return None
+    optimizer_class = AdamW8bit
+    if in_host_memory:
+        optimizer_class = AdamW8bitOnHost
     options = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -162,7 +174,7 @@ def optimizer_class_and_options(args, precision, rank: int) -> tuple[type, dict]
         "bf16_stochastic_round": True,
         "seed": args.seed + rank,
     }
-    return AdamW8bit, options
+    return optimizer_class, options
 
 
 def total_norm(tensors: list[torch.Tensor]) -> float:

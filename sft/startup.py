@@ -1,0 +1,25 @@
+"""What must be set before PyTorch, transformers and datasets are imported."""
+
+import logging
+import os
+import signal
+
+# Large blocks of memory grow in place, so that gaps between them do not use up the memory. Pinned
+# host memory is not rounded up to powers of two: above this size nothing is cached or rounded.
+ALLOCATOR_SETTINGS = "expandable_segments:True,pinned_max_cached_size_mb:1"
+# These libraries warn of kernels for other machines, and of each try to reach the hub.
+TALKATIVE_LIBRARIES = ("torchao", "torch.utils._pytree", "huggingface_hub")
+
+
+def set_environment() -> None:
+    """Set what PyTorch and others read once, when they are imported. The user's values win."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR_SETTINGS)
+    for name in TALKATIVE_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def announce_start() -> None:
+    """Print a line at once: the imports take seconds. Ctrl-C ends them without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("start      importing PyTorch and transformers", flush=True)
