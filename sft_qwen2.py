@@ -35,7 +35,8 @@ import math
 import os
 import signal
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,7 +58,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.attention.varlen import varlen_attn
 
-from sft.checkpoints import CheckpointTrainer
+from sft.checkpoints import CheckpointTrainer, export_checkpoint
 from sft.command_line import check_schedule, drop_foreign_environment, option, parse
 from sft.console import outlive_console, quiet_libraries, say
 from sft.conversations import IM_END, IM_START
@@ -79,6 +80,7 @@ from sft.examples import (
     write_rejected,
 )
 from sft.export import rehearse_export
+from sft.host_memory import HostMemoryTrainer
 from sft.model_files import (
     TEMPLATE_PROBES,
     add_default_system_prompt,
@@ -90,11 +92,18 @@ from sft.model_files import (
     load_weights,
 )
 from sft.optimizer import check_optimizer, optimizer_class_and_options
+from sft.pipeline import Pipeline, cut_windows
 from sft.plan import Plan, check_plan, plan_run
 from sft.plan_report import print_plan
 from sft.precision import name_format
 from sft.reporting import set_up_reporting, wandb_run
-from sft.run_record import check_output_dir, describe_progress, open_run
+from sft.run_record import (
+    add_to_record,
+    check_output_dir,
+    describe_progress,
+    open_run,
+    read_record,
+)
 from sft.sample_answers import answer_questions, choose_questions, print_answers
 from sft.signals import StopOnSignal, explain_failures
 from sft.step_time import count_examples_per_step, count_steps, training_flops
@@ -238,7 +247,7 @@ class SFTArguments:
 
     resume: bool = option(False, "Go on with the run in output_dir.", group="Instead of a new run")
     export: str | None = option(
-        None, "Write this checkpoint to output_dir as a model; train nothing.", is_path=True
+        None, "Write this checkpoint as a model folder; train nothing.", is_path=True
     )
     dry_run: bool = option(False, "Read the data and plan; train and write nothing.")
     gpus: str | None = option(
@@ -628,14 +637,21 @@ def make_step(examples: list[dict]) -> dict:
     return {"examples": examples}
 
 
-class SFTTrainer(CheckpointTrainer):
+class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
     """A Trainer for which a batch is all examples of an optimizer step, in all processes."""
 
     def __init__(self, *, plan: Plan, examples_per_step: int, **kwargs):
-        super().__init__(data_collator=make_step, **kwargs)
+        super().__init__(data_collator=make_step, in_host_memory=plan.in_host_memory, **kwargs)
         self.examples_per_step = examples_per_step
         self.tokens_per_forward = plan.tokens_per_forward
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
+        self.window_tokens = plan.window_tokens
+        self.pipeline = None  # of several GPUs in one process
+        if plan.window_tokens is not None:
+            autocast_dtype = None
+            if plan.precision.needs_autocast:
+                autocast_dtype = plan.precision.compute
+            self.pipeline = Pipeline(self.model, autocast_dtype)
         self.num_consecutive_skips = 0
         num_gpus = 0
         if plan.devices.kind == "cuda":
@@ -715,14 +731,21 @@ class SFTTrainer(CheckpointTrainer):
         process multiplies by their number.
         """
         divisor = num_trained_tokens / self.args.world_size
+        self.begin_gradients()
         local_loss = torch.zeros((), device=self.args.device)
+        if self.pipeline is not None:
+            for window in cut_windows(micro_batches, self.window_tokens):
+                self.choose_checkpointing(sum(sum(batch["seq_lens"]) for batch in window))
+                scaler = self.accelerator.scaler
+                for loss in self.pipeline.run(window, divisor, backward=True, scaler=scaler):
+                    local_loss += loss.to(local_loss.device)
+            return local_loss
         for number, micro_batch in enumerate(micro_batches, 1):
             self.choose_checkpointing(sum(micro_batch["seq_lens"]))
-            is_last = number == len(micro_batches)
             # DDP exchanges gradients once a step. FSDP exchanges them after each micro-batch,
             # otherwise each process would keep whole gradients.
             context = nullcontext()
-            if not is_last and not self.is_fsdp_enabled:
+            if number < len(micro_batches) and not self.is_fsdp_enabled:
                 context = self.accelerator.no_sync(self.model_wrapped)
             with context:
                 output = self.model_wrapped(**micro_batch, num_items_in_batch=divisor)
@@ -731,7 +754,10 @@ class SFTTrainer(CheckpointTrainer):
         return local_loss
 
     def choose_checkpointing(self, num_tokens: int) -> None:
-        """Recompute layers in the backward pass only where memory asks for it."""
+        """Recompute layers in the backward pass only where memory asks for it.
+
+        num_tokens: of the micro-batch, or of all micro-batches in flight.
+        """
         if self.args.gradient_checkpointing:
             for layer in self.model.model.layers:
                 layer.gradient_checkpointing = num_tokens > self.max_tokens_without_checkpointing
@@ -750,7 +776,7 @@ class SFTTrainer(CheckpointTrainer):
             )
             largest = max(sum(micro_batch["seq_lens"]) for micro_batch in micro_batches)
             try:
-                micro_batches = [self._prepare_inputs(batch) for batch in micro_batches]
+                micro_batches = [self.place(batch) for batch in micro_batches]
                 return work(micro_batches, num_trained_tokens)
             except torch.OutOfMemoryError:
                 pass
@@ -759,16 +785,26 @@ class SFTTrainer(CheckpointTrainer):
             torch.cuda.empty_cache()
             self.lower_memory_limits(largest, max(len(x["input_ids"]) for x in examples))
 
-    def lower_memory_limits(self, num_tokens: int, longest: int) -> None:
-        """Halve tokens_per_forward for the rest of the run, or recompute all layers.
+    def place(self, micro_batch: dict) -> dict:
+        """Return the micro-batch with its tensors on the devices that need them."""
+        if self.pipeline is not None:
+            return self.pipeline.place(micro_batch)
+        return self._prepare_inputs(micro_batch)
 
-        num_tokens: of the largest micro-batch. longest: tokens of the longest example. Raises
-        UserError where that cannot help, and where other processes would not do the same.
+    def lower_memory_limits(self, num_tokens: int, longest: int) -> None:
+        """Put fewer micro-batches in flight, or halve tokens_per_forward, or recompute all layers.
+
+        num_tokens: of the largest micro-batch. longest: tokens of the longest example. The change
+        holds for the rest of the run. Raises UserError where it cannot help, and where other
+        processes would not do the same.
         """
         what = f"out of memory at {num_tokens:,} tokens per micro-batch"
         if self.args.world_size > 1:
             raise UserError(f"{what}; use --resume --tokens_per_forward {num_tokens // 2}")
-        if num_tokens > longest:
+        if self.pipeline is not None and self.window_tokens > num_tokens:
+            self.window_tokens = max(num_tokens, self.window_tokens // 2)
+            remedy = f"{self.window_tokens:,} tokens in flight"
+        elif num_tokens > longest:
             self.tokens_per_forward = num_tokens // 2
             remedy = f"--tokens_per_forward {self.tokens_per_forward}"
         elif self.args.gradient_checkpointing and self.max_tokens_without_checkpointing > 0:
@@ -841,6 +877,11 @@ class SFTTrainer(CheckpointTrainer):
     def sum_losses(self, micro_batches: list[dict], num_trained_tokens: int):
         """Return (summed loss of this process, num_trained_tokens of all), without gradients."""
         loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        if self.pipeline is not None:
+            for window in cut_windows(micro_batches, self.window_tokens):
+                for loss in self.pipeline.run(window, divisor=1, backward=False):
+                    loss_sum += loss.to(loss_sum.device)
+            return loss_sum, num_trained_tokens
         with torch.no_grad(), self.accelerator.autocast():
             for micro_batch in micro_batches:
                 loss_sum += self.model(**micro_batch, num_items_in_batch=1)["loss"]
@@ -982,6 +1023,26 @@ def make_fingerprint(args: SFTArguments, training_args, plan: Plan, examples: di
     return fingerprint
 
 
+def describe_run(examples: dict[str, Examples], export_dtype: torch.dtype) -> dict:
+    """Return what run.json says of the run, beside its arguments and fingerprint."""
+    counts = {}
+    for split, chosen in examples.items():
+        counts[split] = dataclasses.asdict(chosen.counts)
+    return {"counts": counts, "export_dtype": name_format(export_dtype)}
+
+
+@contextmanager
+def recorded_wandb_run(args: SFTArguments, training_args) -> Iterator[None]:
+    """Keep a wandb run for the context. A resumed run goes on with the one that run.json names."""
+    earlier_id = None
+    if args.resume:
+        earlier_id = read_record(Path(args.output_dir)).get("wandb_run_id")
+    with wandb_run(training_args, earlier_id) as run_id:
+        if run_id is not None:
+            add_to_record(Path(args.output_dir), wandb_run_id=run_id)
+        yield
+
+
 def seed_of_order(args) -> int:
     """Return the seed of the order of examples."""
     if args.data_seed is None:
@@ -1027,7 +1088,7 @@ def adapt_training_arguments(training_args, plan: Plan, evaluates_first: bool):
 
 
 def make_trainer(
-    args: SFTArguments, training_args, plan: Plan, tokenizer, examples: dict, evaluates_first: bool
+    args: SFTArguments, training_args, plan: Plan, tokenizer, examples: dict, is_new: bool
 ) -> SFTTrainer:
     """Return the trainer with its model. Raise UserError where the model cannot be loaded."""
     precision = plan.precision
@@ -1048,7 +1109,9 @@ def make_trainer(
         plan=plan,
         examples_per_step=count_examples_per_step(training_args),
         model=model,
-        args=adapt_training_arguments(training_args, plan, evaluates_first),
+        args=adapt_training_arguments(
+            training_args, plan, evaluates_first=is_new and "validation" in examples
+        ),
         processing_class=tokenizer,
         train_dataset=examples["train"],
         eval_dataset=examples.get("validation"),
@@ -1064,6 +1127,8 @@ def make_trainer(
 
 def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, export_dtype) -> int:
     """Train, write the model, evaluate, answer held-out questions. Return the exit code."""
+    if trainer.args.should_save:
+        rehearse_export(trainer.output_dir, trainer.model, tokenizer, export_dtype)
     run_lines = set_up_reporting(trainer)
     stop = StopOnSignal()
     trainer.add_callback(stop)
@@ -1098,6 +1163,9 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
 @record  # torchrun's report shows what is raised here.
 def run(args: SFTArguments) -> int:
     """Read, encode, plan, train, export. Return the exit code; raise UserError."""
+    if args.export is not None:
+        say(f"model      {export_checkpoint(Path(args.export))}")
+        return 0
     training_args = make_training_arguments(args)
     check_machine(training_args)
     check_output_dir(args)
@@ -1110,18 +1178,18 @@ def run(args: SFTArguments) -> int:
     if args.dry_run:
         return 0
 
+    export_dtype = config.dtype or plan.precision.weights
     fingerprint = make_fingerprint(args, training_args, plan, examples)
-    counts = {split: dataclasses.asdict(chosen.counts) for split, chosen in examples.items()}
-    with open_run(args, training_args, fingerprint, {"counts": counts}) as checkpoint:
+    about = describe_run(examples, export_dtype)
+    with (
+        open_run(args, training_args, fingerprint, about) as checkpoint,
+        recorded_wandb_run(args, training_args),
+    ):
         if args.skip_bad_rows and training_args.should_save:
             write_rejected(examples, args.output_dir)
-        with wandb_run(training_args, None):
-            evaluates_first = "validation" in examples and checkpoint is None
-            trainer = make_trainer(args, training_args, plan, tokenizer, examples, evaluates_first)
-            export_dtype = config.dtype or plan.precision.weights
-            if training_args.should_save:
-                rehearse_export(trainer.output_dir, trainer.model, tokenizer, export_dtype)
-            return train_and_export(trainer, tokenizer, checkpoint, export_dtype)
+        is_new = checkpoint is None
+        trainer = make_trainer(args, training_args, plan, tokenizer, examples, is_new)
+        return train_and_export(trainer, tokenizer, checkpoint, export_dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
