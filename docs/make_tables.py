@@ -2,14 +2,14 @@
 
     python docs/make_tables.py
 
-From the trainer's own plan (sft/memory_plan.py), not measured. For rows of up to so many tokens:
-GiB needed with one row at a time, all layers computed again on the way back, and the smallest card
-that has them. Hours: 10 million tokens in rows of 1,000, where one A100 reaches 40 % of its peak.
+From the trainer's own plan, not measured. For examples of up to so many tokens: GiB on one GPU for
+the longest alone, recomputed in the backward pass, and the smallest card that has them; "+ host":
+optimizer state, and gradients if need be, in host memory. Hours: 10 million tokens in examples of
+1,000, 60 % of them trained, where one A100 reaches 40 % of its peak and nothing is recomputed.
 """
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,41 +18,55 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 import memory  # noqa: E402
 
-from sft import memory_plan as plan  # noqa: E402
+from sft.memory_model import QWEN2_SIZES, pinned_host_bytes  # noqa: E402
+from sft.plan import Plan  # noqa: E402
+from sft.step_time import UTILIZATION, training_flops  # noqa: E402
+from sft.throughput import GIB, find_peak_tflops  # noqa: E402
 
-CARDS = {"bf16": (8, 12, 16, 24, 40, 48, 80), "fp16": (8, 12, 16, 24, 32)}  # GB, as they are sold
-COLUMNS = {"bf16, 2,048": (2048, "bf16"), "bf16, 8,192": (8192, "bf16")}
-COLUMNS |= {"fp16 (V100, T4), 2,048": (2048, "fp16")}
+CARDS = {"bf16": (8, 12, 16, 24, 32, 40, 48, 80), "fp16": (8, 12, 16, 24, 32)}  # GB
+COLUMNS = {
+    "bf16, 2,048": (2048, "bf16"),
+    "bf16, 8,192": (8192, "bf16"),
+    "fp16 (V100, T4), 2,048": (2048, "fp16"),
+}
 
 
-def smallest_card(model: str, tokens: int, dtype: str) -> str:
-    """Return the GiB that rows of so many tokens need, and the smallest card that has them."""
-    args = SimpleNamespace(tokens_per_forward=None, max_len=tokens)
-    training_args = SimpleNamespace(per_device_train_batch_size=4, gradient_checkpointing=True)
-    for card in CARDS[dtype]:
-        capacities, capability = plan.parse_gpus(f"1x{card}:{dtype}")
-        precision = plan.choose_precision(capability, False)
-        job = plan.Job(memory.make_config(model), precision, capacities, 1)
-        if plan.fits(job, tokens):
+def find_smallest_cards(name: str, tokens: int, number_format: str) -> str:
+    """Return the smallest card, and the smallest that needs no host memory, with their GiB."""
+    cells = []
+    for card in CARDS[number_format]:
+        lengths = np.full(1000, tokens, dtype=np.int32)
+        plan = memory.make_plan(f"1x{card}:{number_format}", 1, lengths, name)
+        if not plan.limits.fits:
+            continue
+        if not plan.in_host_memory:
+            cells.append(describe(plan, card))
             break
-    needed = plan.plan_memory(job, args, training_args, tokens).needed[0] / plan.GIB
-    return (
-        f"{needed:.1f} GiB: {card} GB" if plan.fits(job, tokens) else f"{needed:.1f} GiB: several"
-    )
+        if not cells:
+            cells.append(describe(plan, card))
+    return "; ".join(cells) or "several"
 
 
-def hours(model: str) -> str:
-    config, rows = memory.make_config(model), np.full(10_000, 1000)
-    flops = plan.training_flops(config, plan.count_parameters(config)["model"], rows)
-    return f"{flops / (0.4 * plan.peak_tflops('A100') * 1e12) / 3600:.2g} h"
+def describe(plan: Plan, card: int) -> str:
+    needed = f"{max(plan.needed_bytes) / GIB:.1f} GiB"
+    if plan.in_host_memory:
+        needed += f" + {pinned_host_bytes(plan.job) / GIB:.1f} host"
+    return f"{needed}: {card} GB"
+
+
+def estimate_hours(name: str) -> str:
+    lengths = np.full(10_000, 1000)
+    flops = training_flops(QWEN2_SIZES[name], lengths, int(0.6 * lengths.sum()))
+    seconds = flops / (UTILIZATION * find_peak_tflops("A100") * 1e12)
+    return f"{seconds / 3600:.2g} h"
 
 
 def main() -> None:
     print(f"| model | {' | '.join(COLUMNS)} | 10 million tokens |")
-    print("|---|" + "---|" * (len(COLUMNS) + 1))
-    for model in memory.MODELS:
-        cards = (smallest_card(model, *column) for column in COLUMNS.values())
-        print(f"| {model} | {' | '.join(cards)} | {hours(model)} |")
+    print("|---" * (len(COLUMNS) + 2) + "|")
+    for name in QWEN2_SIZES:
+        cards = [find_smallest_cards(name, *column) for column in COLUMNS.values()]
+        print(f"| {name} | {' | '.join(cards)} | {estimate_hours(name)} |")
 
 
 if __name__ == "__main__":
