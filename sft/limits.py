@@ -225,13 +225,26 @@ class Window:
     recompute: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedWindow:
+    """A window that fits."""
+
+    tokens: int
+    modules_by_device: ModulesByDevice
+    speed: float  # useful work of all devices, as a share of what they could do
+
+
 def plan_pipeline(job: Job, devices: Devices, args, workload: Workload) -> Limits:
-    """Return the Limits of a process whose GPUs work at once, each on its own layers."""
+    """Return the Limits of a process whose GPUs work at once, each on its own layers.
+
+    Micro-batches are smaller than they would best be only where nothing fits else.
+    """
     tokens_per_forward = args.tokens_per_forward
     if tokens_per_forward is None:
         tokens_per_forward = choose_pipeline_micro_batch(job, devices, args, workload)
     limits = choose_window(job, devices, args, workload, tokens_per_forward)
-    while not limits.fits and tokens_per_forward > workload.longest and not args.tokens_per_forward:
+    is_asked_for = args.tokens_per_forward is not None
+    while not limits.fits and not is_asked_for and tokens_per_forward > workload.longest:
         tokens_per_forward //= 2
         limits = choose_window(job, devices, args, workload, tokens_per_forward)
     return limits
@@ -240,19 +253,50 @@ def plan_pipeline(job: Job, devices: Devices, args, workload: Workload) -> Limit
 def choose_window(
     job: Job, devices: Devices, args, workload: Workload, tokens_per_forward: int
 ) -> Limits:
-    """Return the Limits with the fastest window that fits, and the layers of each GPU by even time.
+    """Return the Limits with the fastest window that fits.
 
     A large window fills and empties the pipeline less often. A small one may need no recomputing.
     """
-    capacities = list_usable_bytes(job, devices)
     micro_batch_tokens = max(tokens_per_forward, workload.longest)
-    fastest = 0.0
-    window_tokens = micro_batch_tokens
-    placed = None
+    placed = place_windows(job, devices, args, workload, tokens_per_forward)
+    if not placed:
+        modules_by_device = place_by_memory(
+            job,
+            list_usable_bytes(job, devices),
+            micro_batch_tokens,
+            recompute=True,
+            window_tokens=micro_batch_tokens,
+        )
+        return Limits(
+            tokens_per_forward=tokens_per_forward,
+            max_tokens_without_checkpointing=0,
+            window_tokens=micro_batch_tokens,
+            modules_by_device=modules_by_device,
+            fits=False,
+        )
+    fastest = max(placed, key=lambda window: window.speed)
+    kept_tokens = max_kept_tokens(
+        job, devices, fastest.modules_by_device, micro_batch_tokens, fastest.tokens
+    )
+    return Limits(
+        tokens_per_forward=tokens_per_forward,
+        max_tokens_without_checkpointing=kept_tokens,
+        window_tokens=fastest.tokens,
+        modules_by_device=fastest.modules_by_device,
+        fits=True,
+    )
+
+
+def place_windows(
+    job: Job, devices: Devices, args, workload: Workload, tokens_per_forward: int
+) -> list[PlacedWindow]:
+    """Return the windows that fit, with the layers of each GPU by even time."""
+    micro_batch_tokens = max(tokens_per_forward, workload.longest)
+    placed = []
     for window in list_windows(job, args, workload, micro_batch_tokens):
         modules_by_device = place_by_time(
             job,
-            capacities,
+            list_usable_bytes(job, devices),
             micro_batch_tokens,
             workload.trained_share,
             recompute=window.recompute,
@@ -267,27 +311,10 @@ def choose_window(
         )
         if window.recompute:
             speed /= RECOMPUTED
-        if speed > fastest:
-            fastest = speed
-            window_tokens = window.tokens
-            placed = modules_by_device
-    if placed is None:
-        kept_tokens = 0
-        modules_by_device = place_by_memory(
-            job, capacities, micro_batch_tokens, recompute=True, window_tokens=window_tokens
+        placed.append(
+            PlacedWindow(tokens=window.tokens, modules_by_device=modules_by_device, speed=speed)
         )
-    else:
-        modules_by_device = placed
-        kept_tokens = max_kept_tokens(
-            job, devices, modules_by_device, micro_batch_tokens, window_tokens
-        )
-    return Limits(
-        tokens_per_forward=tokens_per_forward,
-        max_tokens_without_checkpointing=kept_tokens,
-        window_tokens=window_tokens,
-        modules_by_device=modules_by_device,
-        fits=placed is not None,
-    )
+    return placed
 
 
 def list_windows(job: Job, args, workload: Workload, micro_batch_tokens: int) -> list[Window]:
