@@ -4,21 +4,14 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-
-HARNESS = str(Path(__file__).parent / "harness")
-if HARNESS not in sys.path:
-    sys.path.append(HARNESS)
-
-import runs  # noqa: E402
+import runs  # of tests/harness
 
 CACHE = tempfile.mkdtemp(prefix="sft-qwen2-tests-")
 os.environ.update(runs.CPU_ONLY)
-os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_DATASETS_CACHE"] = CACHE
 
 import transformers  # noqa: E402

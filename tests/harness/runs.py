@@ -61,14 +61,6 @@ def make_model(folder: Path, tied: bool = True, dtype: str = "float32", **sizes)
     return folder
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Write rows as JSON lines."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), file=file)
-    return path
-
-
 def read_logs(output_dir: Path, name: str = "loss") -> list[dict]:
     """Return the entries of metrics.jsonl that have this figure: training steps, by default."""
     logs = []
