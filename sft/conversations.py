@@ -216,12 +216,14 @@ def as_list(record: dict, key: str) -> list:
 
 def put_system_first(messages: list[dict], record: dict, system_prompt: str) -> list[dict]:
     """Return the messages with a system message at the beginning: their own, or the record's."""
-    if messages and messages[0]["role"] == "system":
-        if "system" in record:
-            raise RecordError('has a system turn and "system"; only one of them can be meant')
-        if messages[0]["content"]:
-            return messages
-        messages = messages[1:]  # an empty system text is none
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    if has_system and messages[0]["content"] == "":  # an empty system text is none
+        messages = messages[1:]
+        has_system = False
+    if has_system and "system" in record:
+        raise RecordError('has a system turn and "system"; only one of them can be meant')
+    if has_system:
+        return messages
     system = parse_turn({"role": "system", "content": record.get("system", system_prompt)})
     return [system, *messages]
 

@@ -36,6 +36,7 @@ UTF8_REMEDY = "save the file as UTF-8 (iconv -f GB18030 -t UTF-8)"
 TOO_MANY_FIELDS = "has more fields than the header; put texts with commas in quotes"
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 RECORDS_PER_BATCH = 200  # few enough to hold long texts, many enough to be quick
+RAW_FILE = "raw.arrow"
 RAW_SCHEMA = pa.schema(
     [
         ("file", pa.int32()),  # its index among the paths
@@ -175,7 +176,7 @@ def read_records(paths: list[Path], folder: Path) -> datasets.Dataset:
     They are written to `folder`, so that memory stays flat. Raises UserError for a file that is
     empty or that cannot be read to its end.
     """
-    arrow_file = str(folder / "raw.arrow")
+    arrow_file = str(folder / RAW_FILE)
     with pa.OSFile(arrow_file, "wb") as file, pa.ipc.new_stream(file, RAW_SCHEMA) as writer:
         for index, path in enumerate(paths):
             num_records = 0

@@ -23,7 +23,7 @@ import tokenizers
 import xxhash
 
 from sft.console import say
-from sft.data_files import read_records
+from sft.data_files import RAW_FILE, read_records
 from sft.errors import UserError, as_user_error, describe
 
 FILE_NAME = "examples.arrow"  # of several processes: examples_00000_of_00002.arrow, ...
@@ -101,6 +101,8 @@ class EncodingCache:
             checksums[path.name] = checksum(path)
         (self.folder / CHECKSUMS).write_text(json.dumps(checksums))
         self.is_complete = True
+        with suppress(PermissionError):  # Windows keeps the files that are still open
+            (self.folder / RAW_FILE).unlink()
 
     def load(self) -> datasets.Dataset:
         """Return the encoded records, mapped into memory."""
@@ -237,7 +239,7 @@ def hash_files(paths: list[Path]) -> list[str]:
 def digest_code(function: Callable) -> str:
     """Return a digest of a function, and of what it uses of its own module and of sft/.
 
-    Comments, docstrings, layout and order do not matter.
+    Comments, docstrings, annotations and layout do not matter.
     """
     modules = (function.__module__, "sft.")
     codes = {}
@@ -268,10 +270,14 @@ def digest_code(function: Callable) -> str:
 
 
 def parse_source(item) -> ast.Module:
-    """Return the syntax tree of a function or class, without docstrings."""
+    """Return the syntax tree of a function or class, without docstrings and annotations."""
     with as_user_error(f"{item.__qualname__}: its code cannot be read", (OSError, SyntaxError)):
         tree = ast.parse(textwrap.dedent(inspect.getsource(item)))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
     return tree
