@@ -1,6 +1,4 @@
-"""Memory that is given and taken back: a simple sum, and PyTorch's caching allocator."""
-
-from recorded_steps import MicroBatchEvents
+"""PyTorch's caching allocator with expandable segments, by its rules alone."""
 
 MIB = 2**20
 GIB = 2**30
@@ -8,23 +6,6 @@ GIB = 2**30
 
 class OutOfMemory(Exception):
     pass
-
-
-class Sum:
-    """Memory without gaps: the sum of all blocks, and the most that it was."""
-
-    def __init__(self):
-        self.blocks = {}
-        self.allocated = 0
-        self.most = 0
-
-    def allocate(self, key, size: float) -> None:
-        self.blocks[key] = size
-        self.allocated += size
-        self.most = max(self.most, self.allocated)
-
-    def release(self, key) -> None:
-        self.allocated -= self.blocks.pop(key)
 
 
 class ExpandableAllocator:
@@ -128,22 +109,3 @@ class ExpandableAllocator:
             size += self.remove_free(before)
             start = before
         self.add_free(start, size + self.remove_free(start + size))
-
-
-# ---- Playing recorded events --------------------------------------------------------------------
-def play(events: list[tuple[int, float]], memory, micro_batch) -> None:
-    """Give and take back what was recorded; blocks are those of a micro-batch."""
-    for number, size in events:
-        key = (micro_batch, number)
-        if key in memory.blocks:
-            memory.release(key)
-        if size > 0:
-            memory.allocate(key, size)
-
-
-def play_window(events: list[MicroBatchEvents], memory, window) -> None:
-    """Run micro-batches forward, then back: all of a pipeline's window, or a single one."""
-    for number, micro_batch in enumerate(events):
-        play(micro_batch.forward, memory, (window, number))
-    for number, micro_batch in enumerate(events):
-        play(micro_batch.backward, memory, (window, number))

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py [--models Qwen2-7B Qwen2-1.5B Qwen2-0.5B]   # results/memory.json
 
-Recorded means as recorded_steps.py says: the trainer's own model on tensors without contents.
+Recorded means as tests/harness/recorded_steps.py says: the trainer's own model runs on tensors
+without contents.
 
 1. One micro-batch of 4 x 8,192 tokens, half of them answers, with gradients of an earlier one,
    beside the usual way: batched examples, all logits, bf16 AdamW.
@@ -29,18 +30,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from allocator import ExpandableAllocator, OutOfMemory, Sum, play_window
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT), str(ROOT / "tests" / "harness"), str(ROOT / "benchmarks")]
+
+# ruff: noqa: E402
+from allocator import ExpandableAllocator, OutOfMemory
 from recorded_steps import (
     MicroBatchEvents,
     Recording,
+    find_peak,
     make_config,
+    play_window,
     record,
     record_device,
     record_share,
     record_usual,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft_qwen2
 from sft.console import quiet_libraries
 from sft.memory_model import (
@@ -57,7 +64,7 @@ from sft.plan import Plan, plan_run
 from sft.precision import Precision, choose_precision
 from sft.throughput import GIB
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 MAX_LEN = 8192
 BF16 = choose_precision((9, 0), fp32=False, optim="auto")
 FP16 = choose_precision((7, 0), fp32=False, optim="auto")  # autocast over fp32 weights
@@ -111,20 +118,6 @@ def compare_with_usual(name: str) -> list[dict]:
         found.append(row)
         print_row(row)
     return found
-
-
-def find_peak(job: Job, recording: Recording, num_micro_batches: int = 1) -> float:
-    """Return the most bytes in a later window of so many micro-batches, all included."""
-    memory = Sum()
-    parameters = sum(recording.weight_bytes) / job.precision.weights.itemsize
-    resident = sum(recording.weight_bytes)
-    if "state" not in job.in_host_memory:
-        resident += parameters * job.precision.state_bytes
-    later = [recording.later] * (num_micro_batches - 1)
-    play_window([recording.first, *later], memory, window=0)
-    memory.most = 0
-    play_window([recording.later, *later], memory, window=1)
-    return resident + memory.most
 
 
 def print_row(row: dict) -> None:

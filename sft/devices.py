@@ -236,7 +236,7 @@ GROUPS_V2 = GroupFiles(
 )
 
 
-def measure_host_memory(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMBERSHIP) -> float:
+def measure_host_memory() -> float:
     """Return the bytes that this machine and the container around this process have free.
 
     psutil knows the machine only. The limits of containers and of Slurm's jobs stand in the files
@@ -244,22 +244,27 @@ def measure_host_memory(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMB
     """
     import psutil  # comes with accelerate
 
-    free_bytes = [psutil.virtual_memory().available]
-    for line in read_text(membership).splitlines():
+    return min([psutil.virtual_memory().available, *list_limits()])
+
+
+def list_limits() -> list[float]:
+    """Return the bytes that each control group of this process leaves free, if it has a limit."""
+    limits = []
+    for line in read_text(CGROUP_MEMBERSHIP).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             files = GROUPS_V2
-            top = root
+            top = CGROUP_ROOT
         elif "memory" in controllers.split(","):
             files = GROUPS_V1
-            top = root / "memory"
+            top = CGROUP_ROOT / "memory"
         else:
             continue
         group = top / path.strip("/")
         while group.is_relative_to(top):
-            free_bytes += measure_group_memory(group, files)
+            limits += measure_group_memory(group, files)
             group = group.parent
-    return min(free_bytes)
+    return limits
 
 
 def measure_group_memory(group: Path, files: GroupFiles) -> list[float]:

@@ -65,17 +65,17 @@ def place_by_memory(job: Job, capacities: list[float], tokens: int, **options) -
         for capacity in capacities:
             limits.add(span.peak_bytes / capacity)
     for limit in sorted(limits):
-        allowed_bytes = [limit * capacity for capacity in capacities]
-        ends = fill_devices(spans, allowed_bytes)
+        ends = fill_devices(spans, capacities, limit)
         if ends[-1] == spans.num_modules:
             return spans.cut(ends)
     raise AssertionError("the highest limit lets one device hold all modules")
 
 
-def fill_devices(spans: Spans, capacities: list[float]) -> list[int]:
-    """Return where each device's modules end, if each in turn takes as many as it can hold.
+def fill_devices(spans: Spans, capacities: list[float], limit: float) -> list[int]:
+    """Return where each device's modules end, if each in turn takes as many as the limit lets it.
 
-    A device that takes fewer leaves more to the others, so no other way gets further.
+    `limit`: how full a device may be. A device that takes fewer leaves more to the others. So no
+    other way gets further.
     """
     ends = []
     first = 0
@@ -83,7 +83,7 @@ def fill_devices(spans: Spans, capacities: list[float]) -> list[int]:
     for capacity in capacities:
         while end < spans.num_modules:
             longer = spans.get(first, end + 1)
-            if longer.peak_bytes > capacity:
+            if longer.peak_bytes / capacity > limit:
                 break
             end += 1
         ends.append(end)
@@ -110,7 +110,7 @@ def place_by_time(
     memory_model.step_memory.
     """
     spans = Spans(job, tokens, trained_share, options)
-    if fill_devices(spans, capacities)[-1] < spans.num_modules:
+    if fill_devices(spans, capacities, limit=1)[-1] < spans.num_modules:
         return None
     whole_model = spans.get(0, spans.num_modules)
     mean_time = whole_model.time / len(capacities)
@@ -135,7 +135,7 @@ def find_most_even_split(spans: Spans, capacities: list[float], limit: float) ->
                 if end < first:
                     continue
                 span = spans.get(first, end)
-                if span.time > limit or span.peak_bytes > capacity:
+                if span.time > limit or span.peak_bytes / capacity > 1:
                     continue
                 split = Split(
                     ends=[end, *rest.ends],

@@ -35,6 +35,7 @@ from sft.step_time import Workload, list_device_times, measure_workload
 from sft.throughput import GIB
 
 MAX_SHARDS_TRIED = 64
+MIN_MAX_LEN = 64  # tokens; no example of use is shorter
 GB = 1e9  # as disks are sold
 
 
@@ -269,10 +270,13 @@ def can_train(job: Job, plan: Plan, tokens: int) -> bool:
 def list_smaller_micro_batches(plan: Plan) -> list[str]:
     """Return the flag with the most tokens that fit, of half as many, a quarter and so on."""
     tokens = plan.largest_micro_batch // 2
-    while tokens >= 16:
+    while tokens >= plan.workload.longest:
+        # What is in host memory depends on the longest example only.
+        if can_fit(plan.job, plan.devices, tokens):
+            return [f"--tokens_per_forward {tokens}"]
+        tokens //= 2
+    while tokens >= MIN_MAX_LEN:
         if can_train(plan.job, plan, tokens):
-            if tokens >= plan.workload.longest:
-                return [f"--tokens_per_forward {tokens}"]
             return [f"--max_len {tokens}"]
         tokens //= 2
     return []

@@ -8,10 +8,8 @@ Shapes: T tokens of a micro-batch, C hidden size, N trained tokens, V vocabulary
 """
 
 import contextlib
-import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,7 +26,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft_qwen2
 from sft.memory_model import LOSS_CHUNK_TOKENS, QWEN2_SIZES, Job, Share, list_modules, make_share
 from sft.pipeline import MicroBatchInFlight, Pipeline, go_back_one_part
@@ -444,3 +441,53 @@ def record_share(
         return record_device(job, modules, tokens, recompute=recompute)
     assert modules == list_modules(job.config)
     return record(job, tokens, recompute=recompute)
+
+
+# ---- Playing what was recorded ------------------------------------------------------------------
+class Sum:
+    """Memory without gaps: the sum of all blocks, and the most that it was."""
+
+    def __init__(self):
+        self.blocks = {}
+        self.allocated = 0
+        self.most = 0
+
+    def allocate(self, key, size: float) -> None:
+        self.blocks[key] = size
+        self.allocated += size
+        self.most = max(self.most, self.allocated)
+
+    def release(self, key) -> None:
+        self.allocated -= self.blocks.pop(key)
+
+
+def play(events: list[tuple[int, float]], memory, micro_batch) -> None:
+    """Give and take back what was recorded of a micro-batch; `memory`: a Sum, or the like."""
+    for number, size in events:
+        key = (micro_batch, number)
+        if key in memory.blocks:
+            memory.release(key)
+        if size > 0:
+            memory.allocate(key, size)
+
+
+def play_window(events: list[MicroBatchEvents], memory, window) -> None:
+    """Run micro-batches forward, then back: all of a pipeline's window, or a single one."""
+    for number, micro_batch in enumerate(events):
+        play(micro_batch.forward, memory, (window, number))
+    for number, micro_batch in enumerate(events):
+        play(micro_batch.backward, memory, (window, number))
+
+
+def find_peak(job: Job, recording: Recording, num_micro_batches: int = 1) -> float:
+    """Return the most bytes in a later window of so many micro-batches, all included."""
+    memory = Sum()
+    parameters = sum(recording.weight_bytes) / job.precision.weights.itemsize
+    resident = sum(recording.weight_bytes)
+    if "state" not in job.in_host_memory:
+        resident += parameters * job.precision.state_bytes
+    later = [recording.later] * (num_micro_batches - 1)
+    play_window([recording.first, *later], memory, window=0)
+    memory.most = 0
+    play_window([recording.later, *later], memory, window=1)
+    return resident + memory.most
