@@ -12,6 +12,7 @@ import pickle
 import shutil
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,8 +119,15 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     for name, entry in read_metadata(shards).state_dict_metadata.items():
         name = name.removeprefix("model.")  # the key under which accelerate saves all weights
         weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load({"model": weights}, checkpoint_id=shards, no_dist=True)
+    fill_from_shards({"model": weights}, shards)
     return weights
+
+
+def fill_from_shards(state: dict, shards: Path) -> None:
+    """Copy what shards hold into the tensors of a state, in this process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that there is only one process
+        dcp.load(state, checkpoint_id=shards, no_dist=True)
 
 
 # ---- The trainer --------------------------------------------------------------------------------
@@ -341,7 +349,7 @@ class CheckpointTrainer(Trainer):
         """Load the optimizer's state of several processes into this one."""
         optimizer = self.optimizer.optimizer
         state = get_optimizer_state_dict(self.model, optimizer)  # zeros, to be filled
-        dcp.load({"optimizer": state}, checkpoint_id=shards, no_dist=True)
+        fill_from_shards({"optimizer": state}, shards)
         set_optimizer_state_dict(self.model, optimizer, state)
 
     def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):
@@ -448,8 +456,10 @@ def export_checkpoint(checkpoint: Path) -> Path:
 
 
 def find_export_dtype(checkpoint: Path, checkpoint_dtype: torch.dtype) -> torch.dtype:
-    """Return the number format that the record of a checkpoint's run names for its export."""
+    """Return the number format of the run's export; without its record, that of the checkpoint."""
     if not (checkpoint.parent / RECORD).exists():
         return checkpoint_dtype
-    record = read_record(checkpoint.parent)
-    return getattr(torch, record["export_dtype"])
+    name = read_record(checkpoint.parent).get("export_dtype")
+    if name is None:
+        return checkpoint_dtype
+    return getattr(torch, name)
