@@ -70,7 +70,9 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         GPUs cannot read it (AcceleratedOptimizer.__init__ in accelerate/optimizer.py). This method
         can go when torch keeps the dtype of loaded state and accelerate leaves 0-dim tensors.
         """
+        state = self.state  # the saved values may go where these are
         super().load_state_dict({**state_dict, "state": {}})
+        self.state = state
         saved_state = state_dict["state"]
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
             group["lr"] = group["lr"].cpu()

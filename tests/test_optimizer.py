@@ -244,6 +244,15 @@ def test_rounding_differs_between_seeds_and_between_steps(eager):
         assert 0.1 < (one != other).float().mean() < 0.9
 
 
+def test_a_step_leaves_the_draws_of_others_alone(eager):
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters)
+    give_gradients(parameters, seed=0)
+    draws = torch.get_rng_state()
+    optimizer.step()
+    assert torch.equal(draws, torch.get_rng_state())
+
+
 # ---- Shards -------------------------------------------------------------------------------------
 @pytest.fixture
 def on_two_ranks():
