@@ -110,10 +110,13 @@ def call_function(log: Path, environment: dict, function: Callable, *args) -> No
     sys.exit(function(*args))
 
 
-def main_after(actions: list[Callable], argv: list[str]) -> int:
-    """Call the actions, which may replace sft_qwen2.SFTTrainer by a subclass, then main()."""
-    for action in actions:
-        action()
+def main_after(actions: list[tuple], argv: list[str]) -> int:
+    """Call each action, (function, *arguments), then main().
+
+    An action may replace sft_qwen2.SFTTrainer by a subclass.
+    """
+    for action, *args in actions:
+        action(*args)
     return sft_qwen2.main(argv)
 
 
