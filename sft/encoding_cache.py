@@ -264,7 +264,7 @@ def digest_code(function: Callable) -> str:
                     waiting.append(value)
             elif isinstance(value, re.Pattern):
                 codes[name] = value.pattern
-            elif isinstance(value, str | int | float | tuple | list | dict):
+            elif isinstance(value, str | bytes | int | float | tuple | list | dict):
                 codes[name] = repr(value)
     return hashlib.sha256(json.dumps(codes, sort_keys=True).encode()).hexdigest()
 

@@ -294,7 +294,9 @@ def check_lengths(encoded: datasets.Dataset, paths: list[Path], max_len: int) ->
 
 def split_examples(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Return (train, validation): a share of the examples, drawn by the seed, is not trained."""
-    num_held_out = round(share * len(examples))
+    num_held_out = 0
+    if 0 < share < 1:
+        num_held_out = round(share * len(examples))
     if not 0 < num_held_out < len(examples):
         raise UserError(
             f"--validation_split {share} of {len(examples)} rows leaves no row to train or none to "
