@@ -1160,7 +1160,6 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     return 0
 
 
-@record  # torchrun's report shows what is raised here.
 def run(args: SFTArguments) -> int:
     """Read, encode, plan, train, export. Return the exit code; raise UserError."""
     if args.export is not None:
@@ -1205,9 +1204,12 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
     args = parse(argv, SFTArguments)
     rank = int(os.environ.get("RANK", "0"))
+    work = run
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report shows what is raised.
+        work = record(run)
     try:
         with first_process_prints(rank):
-            exit_code = run(args)
+            exit_code = work(args)
     except (UserError, OSError) as error:
         where = ""
         if "RANK" in os.environ:
