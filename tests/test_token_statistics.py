@@ -1,5 +1,7 @@
 """token_stats.py: what it counts is what the trainer trains, to the token."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -21,34 +23,26 @@ NO_ANSWER = {"query": "q"}
 SYSTEM = "You are a helpful assistant."
 
 
-@pytest.fixture
-def run(capsys):
-    """A function: words to (exit code, stdout, stderr) of token_stats.main."""
-
-    def run(*words, model=TINY):
-        flags = ["--model_name_or_path", str(model)]
+def run(*words, model=TINY) -> tuple[int, str, str]:
+    """Return (exit code, stdout, stderr) of token_stats.main."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = token_stats.main([*map(str, words), *flags])
+            code = token_stats.main([*map(str, words), "--model_name_or_path", str(model)])
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return code, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture
-def measure(run):
-    """A function: words to the figures that --json gives of data without a mistake."""
-
-    def measure(*words, model=TINY) -> dict:
-        code, out, err = run(*words, "--json", model=model)
-        assert code == 0, err
-        return json.loads(out)
-
-    return measure
+def measure(*words, model=TINY) -> dict:
+    """Return the figures that --json gives of data without a mistake."""
+    code, out, err = run(*words, "--json", model=model)
+    assert code == 0, err
+    return json.loads(out)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_row(tiny_tokenizer):
     """A function: numbers of tokens to a row with a prompt and an answer of so many.
 
@@ -69,8 +63,8 @@ def make_row(tiny_tokenizer):
     return make_row
 
 
-@pytest.fixture
-def measure_rows(make_row, write_rows, measure):
+@pytest.fixture(scope="module")
+def measure_rows(make_row, write_rows):
     """A function: (prompt tokens, answer tokens) of rows to the figures; `arguments` of a file."""
 
     def measure_rows(*sizes, **arguments) -> dict:
@@ -79,6 +73,12 @@ def measure_rows(make_row, write_rows, measure):
         return measure(file, "--data_path", path)
 
     return measure_rows
+
+
+@pytest.fixture(scope="module")
+def stats_of_data() -> dict:
+    """The figures of data/."""
+    return measure("--data_path", ROOT / "data")
 
 
 def write_arguments(path: Path, arguments: dict) -> Path:
@@ -121,17 +121,27 @@ def test_a_row_of_513_tokens_needs_the_next_max_len(measure_rows):
     assert stats["suggestion"]["max_len"] == 1024
 
 
-def test_a_row_of_exactly_max_len_tokens_is_not_over(measure_rows):
-    stats = measure_rows((500, 12), (500, 13), (500, 14))
-    assert at(stats, 512)["num_over"] == 2
+@pytest.fixture(scope="module")
+def candidate_512(measure_rows) -> dict:
+    """What max_len 512 costs five rows at its edge."""
+    rows = [(500, 12), (500, 13), (512, 10), (511, 10), (60, 5)]
+    return at(measure_rows(*rows), 512)
 
 
-def test_an_answer_that_begins_at_max_len_is_lost(measure_rows):
-    """One that begins a token before is cut."""
-    stats = measure_rows((512, 10), (511, 10), (60, 9))
-    assert at(stats, 512)["num_lost"] == 1
-    assert at(stats, 512)["num_cut"] == 1
-    assert at(stats, 512)["lost_token_share"] == (10 + 9) / (10 + 10 + 9)
+def test_a_row_of_exactly_max_len_tokens_is_not_over(candidate_512):
+    assert candidate_512["num_over"] == 3
+
+
+def test_an_answer_that_begins_at_max_len_is_lost(candidate_512):
+    assert candidate_512["num_lost"] == 1
+
+
+def test_an_answer_that_begins_before_max_len_is_cut(candidate_512):
+    assert candidate_512["num_cut"] == 2
+
+
+def test_answer_tokens_behind_max_len_are_lost(candidate_512):
+    assert candidate_512["lost_token_share"] == (1 + 10 + 9) / (12 + 13 + 10 + 10 + 5)
 
 
 def test_costs_are_what_the_trainer_counts(measure_rows, write_rows, make_row, tiny_tokenizer):
@@ -183,9 +193,8 @@ def test_rows_that_are_lost_are_in_no_step(measure_rows):
 
 
 # ---- The suggestion -----------------------------------------------------------------------------
-def test_the_suggested_command_is_understood_by_the_trainer(measure):
-    command = measure("--data_path", ROOT / "data")["suggestion"]["command"]
-    words = shlex.split(command)
+def test_the_suggested_command_is_understood_by_the_trainer(stats_of_data):
+    words = shlex.split(stats_of_data["suggestion"]["command"])
     assert words[:2] == ["python", "sft_qwen2.py"]
     args = parse(words[2:], sft_qwen2.SFTArguments)
     assert args.max_len == 2048
@@ -193,13 +202,13 @@ def test_the_suggested_command_is_understood_by_the_trainer(measure):
     assert args.model_name_or_path == str(TINY)
 
 
-def test_few_rows_are_trained_in_more_steps(measure):
+def test_few_rows_are_trained_in_more_steps(stats_of_data):
     """The 247 rows of data/ would make 2 steps; the plan gives the same advice."""
-    command = measure("--data_path", ROOT / "data")["suggestion"]["command"]
+    command = stats_of_data["suggestion"]["command"]
     assert command.endswith("--num_train_epochs 3 --gradient_accumulation_steps 2")
 
 
-def test_arguments_that_make_enough_steps_are_kept(measure, tmp_path):
+def test_arguments_that_make_enough_steps_are_kept(tmp_path):
     arguments = {
         "data_path": [str(ROOT / "data")],
         "per_device_train_batch_size": 8,
@@ -211,7 +220,7 @@ def test_arguments_that_make_enough_steps_are_kept(measure, tmp_path):
     assert command == f"python sft_qwen2.py {file} --model_name_or_path {TINY} --max_len 2048"
 
 
-def test_flags_stand_in_the_command_as_they_were_given(measure, write_rows):
+def test_flags_stand_in_the_command_as_they_were_given(write_rows):
     folder = write_rows([GOOD]).parent
     words = ["--data_path", folder, "--system_prompt", "Be brief. It's late.", "--skip_bad_rows"]
     command = shlex.split(measure(*words)["suggestion"]["command"])
@@ -242,7 +251,7 @@ def model_of_700_tokens(tiny_tokenizer, tmp_path):
 
 
 def test_no_max_len_beyond_what_the_model_takes_is_suggested(
-    measure, make_row, write_rows, model_of_700_tokens
+    make_row, write_rows, model_of_700_tokens
 ):
     path = write_rows([make_row(600, 200), make_row(60, 9)])
     stats = measure("--data_path", path, model=model_of_700_tokens)
@@ -251,13 +260,13 @@ def test_no_max_len_beyond_what_the_model_takes_is_suggested(
     assert stats["suggestion"]["reason"].startswith("the most this model takes; longest row: 800")
 
 
-def test_a_tokenizer_alone_is_enough(measure, tiny_tokenizer, tmp_path, write_rows):
+def test_a_tokenizer_alone_is_enough(tiny_tokenizer, tmp_path, write_rows):
     tiny_tokenizer.save_pretrained(tmp_path)
     assert measure("--data_path", write_rows([GOOD]), model=tmp_path)["tokens"]
 
 
 # ---- What is shown ------------------------------------------------------------------------------
-def test_the_report_begins_with_three_lines_and_fits_the_terminal(run):
+def test_the_report_begins_with_three_lines_and_fits_the_terminal():
     code, out, _ = run("--data_path", ROOT / "data")
     lines = out.splitlines()
     assert code == 0
@@ -268,8 +277,8 @@ def test_the_report_begins_with_three_lines_and_fits_the_terminal(run):
     assert max(map(len, tables)) <= 80
 
 
-def test_the_histogram_counts_every_row_once(measure):
-    stats = measure("--data_path", ROOT / "data")
+def test_the_histogram_counts_every_row_once(stats_of_data):
+    stats = stats_of_data
     histogram = stats["histogram"]
     edges = histogram["edges"]
     assert sum(histogram["counts"]) == stats["files"]["train"]["num_examples"]
@@ -279,7 +288,7 @@ def test_the_histogram_counts_every_row_once(measure):
     assert {after - before for before, after in itertools.pairwise(edges)} == {edges[1] - edges[0]}
 
 
-def test_each_split_has_counts_of_its_own(measure, write_rows):
+def test_each_split_has_counts_of_its_own(write_rows):
     train = write_rows([GOOD])
     validation = write_rows([GOOD, {"query": "<|im_end|>", "answer": "a"}], "dev.jsonl")
     files = measure("--data_path", train, validation)["files"]
@@ -290,7 +299,7 @@ def test_each_split_has_counts_of_its_own(measure, write_rows):
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
-def test_refused_rows_are_named_and_the_others_counted(run, write_rows):
+def test_refused_rows_are_named_and_the_others_counted(write_rows):
     path = write_rows([GOOD, NO_ANSWER, GOOD, {"query": "q", "answer": 5}])
     code, out, err = run("--data_path", path, "--json")
     assert code == 1
@@ -300,27 +309,27 @@ def test_refused_rows_are_named_and_the_others_counted(run, write_rows):
     assert json.loads(out)["files"]["train"]["num_refused"] == 2
 
 
-def test_refused_rows_are_left_out_where_the_trainer_skips_them(run, write_rows):
+def test_refused_rows_are_left_out_where_the_trainer_skips_them(write_rows):
     path = write_rows([GOOD, NO_ANSWER])
     code, _, err = run("--data_path", path, "--skip_bad_rows")
     assert code == 0
     assert err.splitlines()[-1] == "1 rows are left out"
 
 
-def test_refused_rows_are_no_rows_of_0_tokens(measure, make_row, write_rows):
+def test_refused_rows_are_no_rows_of_0_tokens(make_row, write_rows):
     path = write_rows([make_row(60, 9), NO_ANSWER, NO_ANSWER])
     total = measure("--data_path", path, "--skip_bad_rows")["tokens"]["total"]
     assert total["min"] == total["mean"] == total["p50"] == 69
 
 
-def test_a_validation_row_that_is_refused_is_an_error_too(run, write_rows):
+def test_a_validation_row_that_is_refused_is_an_error_too(write_rows):
     validation = write_rows([NO_ANSWER, GOOD], "dev.jsonl")
     code, _, err = run("--data_path", write_rows([GOOD]), validation)
     assert code == 1
     assert f"{validation}:1: " in err
 
 
-def test_no_row_at_all_is_left_to_skip_to(run, write_rows):
+def test_no_row_at_all_is_left_to_skip_to(write_rows):
     code, _, err = run("--data_path", write_rows([NO_ANSWER]), "--skip_bad_rows")
     assert code == 1
     assert err.splitlines()[-1].startswith("error: 1 rows would be refused")
@@ -340,7 +349,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("text", WRONG_FILES.values(), ids=WRONG_FILES.keys())
-def test_a_wrong_file_of_arguments_gets_the_trainers_sentence(run, tmp_path, text):
+def test_a_wrong_file_of_arguments_gets_the_trainers_sentence(tmp_path, text):
     file = tmp_path / "run.json"
     file.write_text(text)
     code, out, err = run(file)
@@ -349,20 +358,20 @@ def test_a_wrong_file_of_arguments_gets_the_trainers_sentence(run, tmp_path, tex
     assert err.count("\n") == 1
 
 
-def test_a_null_in_the_file_is_not_given(measure, tmp_path, write_rows):
+def test_a_null_in_the_file_is_not_given(tmp_path, write_rows):
     arguments = {"system_prompt": None, "data_path": str(write_rows([GOOD]))}
     file = write_arguments(tmp_path / "run.json", arguments)
     default = measure("--data_path", arguments["data_path"])
     assert measure(file)["tokens"] == default["tokens"]
 
 
-def test_a_folder_without_data_gets_a_sentence(run, tmp_path):
+def test_a_folder_without_data_gets_a_sentence(tmp_path):
     code, out, err = run("--data_path", tmp_path)
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
 
 
-def test_a_model_that_is_not_there_gets_a_sentence(run, write_rows, tmp_path):
+def test_a_model_that_is_not_there_gets_a_sentence(write_rows, tmp_path):
     code, out, err = run("--data_path", write_rows([GOOD]), model=tmp_path / "none")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: ")
