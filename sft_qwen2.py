@@ -303,8 +303,10 @@ def encode(messages: list[dict], tokenizer) -> dict[str, list[int]]:
 def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict[str, list[int]]]:
     r"""Return {"input_ids": [T], "labels": [T]} of each conversation. ^ marks what is trained:
 
-    <|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>
-                                                                                           ^^^^^^^^^^^
+    <|im_start|>system\nS<|im_end|>\n
+    <|im_start|>user\nQ<|im_end|>\n
+    <|im_start|>assistant\nA<|im_end|>
+                           ^^^^^^^^^^^
     Every assistant message is trained, unless its "weight" is 0.
     """
     texts = ["\n", "assistant\n"]
