@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from sft.console import say
-from sft.errors import UserError, as_user_error, describe
+from sft.errors import describe
 
 LINE_COLUMNS = 80
 CURVE_COLUMNS = 40
@@ -53,7 +53,10 @@ class RunLines(transformers.TrainerCallback):
             say(f"save       step {state.global_step}  {checkpoint}")
 
     def print_summary(self, args, state, exported_dtype: str) -> None:
-        """Print what a finished run did, what args.output_dir holds now, and how to use it."""
+        """Print what a finished run did and what is in args.output_dir; draw its losses there."""
+        if not state.is_world_process_zero:
+            return
+        write_loss_curve(Path(args.output_dir, "loss.svg"), state.log_history)
         say(f"trained    {self.describe_steps(state)}")
         losses = [log["loss"] for log in state.log_history if "loss" in log]
         if losses:
@@ -259,16 +262,6 @@ def set_up_reporting(trainer: transformers.Trainer) -> RunLines:
         handler.lr_scheduler,
     )
     return run_lines
-
-
-def check_reporters(report_to: list[str]) -> None:
-    """Raise UserError where a reporter is unknown or not installed."""
-    for name in report_to:
-        if name not in INTEGRATION_TO_CALLBACK:
-            names = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise UserError(f"--report_to {name}: unknown; choose from none, {names}")
-        with as_user_error(f"--report_to {name}"):
-            INTEGRATION_TO_CALLBACK[name]()
 
 
 @contextmanager

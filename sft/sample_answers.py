@@ -16,6 +16,7 @@ NUM_SHOWN = 3
 PROMPT_TOKENS = 1024  # a longer prompt is not asked
 ANSWER_TOKENS = 48  # a longer answer is shown, cut, and not counted
 TEXT_COLUMNS = 69  # of 80, beside a label of 11
+TEXT_LINES = 4  # of a question or an answer on the screen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +167,11 @@ def read_answer(tokenizer, ids: list[int]) -> str:
 
 
 def print_text(label: str, text: str) -> None:
-    """Print a text beside its label, on as many lines of the screen as it needs."""
+    """Print a text beside its label, on a few lines of the screen at most."""
     one_line = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-    first, *others = split_columns(one_line, TEXT_COLUMNS)
-    say(f"{label}{first}")
-    for piece in others:
+    pieces = split_columns(one_line, TEXT_COLUMNS)
+    if len(pieces) > TEXT_LINES:
+        pieces = [*pieces[:TEXT_LINES], "..."]
+    say(label + pieces[0])
+    for piece in pieces[1:]:
         say(" " * len(label) + piece)
