@@ -23,6 +23,7 @@ MAX_TOKENS_ON_CPU = 2048  # of a micro-batch: caches hold less of a larger one, 
 MIN_TOKENS_ON_GPU = 4096  # of a micro-batch: a smaller one idles more than recomputing costs
 PIPELINE_TOKENS = 4096  # of a micro-batch, where a step is long
 MICRO_BATCHES_PER_DEVICE = 8  # of a pipeline's step, where it is short
+MIN_GAIN = 1.05  # of a smaller window over a larger one, by an estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +275,10 @@ def choose_window(
             modules_by_device=modules_by_device,
             fits=False,
         )
-    fastest = max(placed, key=lambda window: window.speed)
+    fastest = placed[0]
+    for window in placed:
+        if window.speed > MIN_GAIN * fastest.speed:
+            fastest = window
     kept_tokens = max_kept_tokens(
         job, devices, fastest.modules_by_device, micro_batch_tokens, fastest.tokens
     )

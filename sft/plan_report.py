@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from sft.devices import choose_reference_gpu
 from sft.limits import plan_micro_batches
 from sft.memory_model import EMBEDDING, HEAD, pinned_host_bytes, with_shards
@@ -56,20 +54,20 @@ def describe_plan(plan: Plan, num_forward_passes: int) -> list[str]:
 
 # ---- Formats and memory -------------------------------------------------------------------------
 def describe_precision(plan: Plan) -> list[str]:
+    """Return the formats, and why they were chosen."""
     precision = plan.precision
-    formats = f"{name_format(precision.compute)} over {name_format(precision.weights)} weights"
-    if not precision.needs_autocast:
-        formats = f"{name_format(precision.weights)}"
+    formats = name_format(precision.weights)
+    if precision.needs_autocast:
+        formats = f"{name_format(precision.compute)} over {formats} weights"
+    reason = precision.reason
     if plan.devices.kind == "cpu":
-        return [f"precision  {formats}, {precision.optim} ({plan.devices.names[0]})"]
-    lines = [f"precision  {formats}, {precision.optim} ({precision.reason})"]
+        reason = plan.devices.names[0]
     if plan.devices.is_assumed:
-        if precision.compute == torch.float16:
-            lines.append("           assumed by the suffix :fp16 of --gpus")
-        else:
-            groups = plan.args.gpus.partition(":")[0]
-            lines.append(f"           assumed; for V100 or T4 write --gpus {groups}:fp16")
-    return lines
+        groups, _, suffix = plan.args.gpus.partition(":")
+        reason += ", assumed"
+        if not suffix:
+            reason += f"; for V100 or T4: --gpus {groups}:fp16"
+    return [f"precision  {formats}, {precision.optim}", f"           {reason}"]
 
 
 def describe_memory(plan: Plan) -> list[str]:
@@ -250,10 +248,10 @@ def describe_intervals(plan: Plan) -> list[str]:
     fitting = max(1, num_steps // 5)
     if args.eval_strategy == "steps" and eval_steps > num_steps:
         interval = f"--eval_steps {eval_steps:.0f} of {num_steps} steps"
-        lines.append(f"evaluation none before the end: {interval}; --eval_steps {fitting} has some")
+        lines.append(f"evaluation none before the end: {interval}; try --eval_steps {fitting}")
     if args.save_strategy == "steps" and args.save_steps > num_steps:
         interval = f"--save_steps {args.save_steps:.0f} of {num_steps} steps"
-        lines.append(f"saving     not before the end: {interval}; --save_steps {fitting} saves")
+        lines.append(f"saving     not before the end: {interval}; try --save_steps {fitting}")
     return lines
 
 
@@ -294,9 +292,12 @@ def describe_cost(plan: Plan, num_forward_passes: int) -> list[str]:
     gpu = choose_reference_gpu(plan.devices)
     steps_per_epoch = math.ceil(len(workload.lengths) / workload.examples_per_step)
     hours = steps_per_epoch * estimate_step_s(plan, num_forward_passes) / 3600
-    number = len(plan.devices.names)
+    number = len(plan.working_devices)
     assumption = f"if {number} x {gpu} reach {100 * UTILIZATION:.0f} % of"
-    return [f"{line}: {hours:.2g} h {assumption} {find_peak_tflops(gpu)} TFLOP/s"]
+    return [
+        f"{line}, about {hours:.2g} h",
+        f"           {assumption} {find_peak_tflops(gpu)} TFLOP/s",
+    ]
 
 
 def describe_saving(plan: Plan, num_forward_passes: int) -> list[str]:
@@ -316,7 +317,7 @@ def describe_saving(plan: Plan, num_forward_passes: int) -> list[str]:
     rarer = min(rarer, num_steps)
     size = f"{plan.disk.checkpoint_bytes / GB:.0f} GB"
     steps = f"{save_s / step_s:.1f} steps at {DISK_BYTES_PER_S / GB:.0f} GB/s (assumed)"
-    return [f"saving     writes {size}, about as long as {steps}; rarer: --save_steps {rarer}"]
+    return [f"saving     {size}, as long as {steps}; try --save_steps {rarer}"]
 
 
 def describe_disk(plan: Plan) -> str:

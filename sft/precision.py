@@ -64,7 +64,7 @@ def choose_precision(capability: tuple[int, int] | None, fp32: bool, optim: str)
     if fp32:
         return make_precision(torch.float32, torch.bfloat16, optim, f"{version}, --fp32")
     if optim != "adamw_torch_8bit":
-        reason = f"{version}; bf16 weights would lose the small updates of {optim}"
+        reason = f"{version}; bf16 weights would lose small updates of {optim}"
         return make_precision(torch.float32, torch.bfloat16, optim, reason)
     return make_precision(torch.bfloat16, torch.bfloat16, optim, version)
 

@@ -525,7 +525,7 @@ def test_the_host_keeps_up_with_156_tokens_a_gpu_on_a100s():
 
 
 @pytest.mark.parametrize("gpus", ["2x24", "2x80", "4x24", "4x80", "8x24", "8x80", "4x32:fp16"])
-@pytest.mark.parametrize("lengths", [[300], [1000], [MAX_LEN], [300, 500, 4000]])
+@pytest.mark.parametrize("lengths", [[MAX_LEN], [300, 500, 4000]])
 def test_pipelines_fit(gpus, lengths):
     made = plan(gpus, lengths=lengths)
     check_plan(made)
@@ -602,7 +602,7 @@ def test_only_what_is_computed_counts_as_flops():
 
 @pytest.mark.parametrize(
     "num_examples, epochs, max_steps, num_steps",
-    [(247, 1.0, -1, 2), (247, 3.0, -1, 6), (247, 0.5, -1, 1), (10_000, 1.0, -1, 79), (9, 1, 7, 7)],
+    [(247, 1.0, -1, 2), (247, 3.0, -1, 6), (300, 0.5, -1, 2), (10_000, 1.0, -1, 79), (9, 1, 7, 7)],
 )
 def test_steps_are_counted_as_trainer_counts_them(num_examples, epochs, max_steps, num_steps):
     made = plan(num_examples=num_examples, num_train_epochs=epochs, max_steps=max_steps)
@@ -613,7 +613,7 @@ def test_steps_are_counted_as_trainer_counts_them(num_examples, epochs, max_step
 def test_hours_are_those_of_all_processes_together():
     def hours(gpus, processes):
         said = describe(plan(gpus, processes=processes, lengths=[1000], num_examples=100_000))
-        return float(re.search(r"an epoch: ([\d.e+-]+) h", said)[1])
+        return float(re.search(r"an epoch, about ([\d.e+-]+) h", said)[1])
 
     assert hours("8x80", 8) == pytest.approx(hours("1x80", 1) / 8, rel=0.1)
 
@@ -663,7 +663,7 @@ def test_a_checkpoint_that_never_comes_is_named():
 def test_saving_that_takes_a_large_share_of_the_time_is_named():
     said = describe(plan("8x80", processes=8, lengths=[300], num_examples=100_000))
     found = re.search(
-        r"saving     writes 31 GB, about as long as ([\d.]+) steps .*--save_steps (\d+)", said
+        r"saving     31 GB, as long as ([\d.]+) steps .*; try --save_steps (\d+)", said
     )
     assert float(found[1]) > 1
     assert int(found[2]) > 5
@@ -774,13 +774,14 @@ def test_adafactor_cannot_train_shards():
 # ---- What is said -------------------------------------------------------------------------------
 def test_a_plan_for_another_machine_says_which_formats_it_assumes():
     said = describe(plan("4x32"))
-    assert said.startswith("precision  bfloat16, adamw_torch_8bit (compute capability 8.0)")
-    assert "for V100 or T4 write --gpus 4x32:fp16" in said
+    assert said.startswith("precision  bfloat16, adamw_torch_8bit\n")
+    assert "compute capability 8.0, assumed; for V100 or T4: --gpus 4x32:fp16\n" in said
 
 
 def test_the_suffix_for_v100_is_obeyed():
     said = describe(plan("4x32:fp16"))
-    assert said.startswith("precision  float16 over float32 weights, adamw_torch_8bit")
+    assert said.startswith("precision  float16 over float32 weights, adamw_torch_8bit\n")
+    assert "compute capability 7.0, assumed\n" in said
 
 
 def test_memory_is_said_once_for_processes_that_are_alike():
