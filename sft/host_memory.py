@@ -233,6 +233,8 @@ class HostMemoryTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return the optimizer, after which gradients go to host memory if they are to."""
         optimizer = super().create_optimizer(model)
+        if self.in_host_memory:
+            assert isinstance(optimizer, StateOnHost), "only AdamW8bitOnHost has state there"
         if "gradients" in self.in_host_memory and self.gradients_on_host is None:
             # A gradient scaler would look for infinities in p.grad.
             assert self.accelerator.scaler is None, "gradients of fp16 stay on the GPUs"

@@ -3,14 +3,21 @@
 On the CPU, device and host are the same memory, so all of it can be tried here but for speed.
 """
 
+import json
 import math
+import os
+import shutil
+import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import forks
 import pytest
+import runs
 import torch
 import transformers
 
+import sft.plan
 from sft.errors import UserError
 from sft.host_memory import GradientsOnHost, HostMemoryTrainer, PinnedMemory
 from sft.optimizer import AdamW8bitOnHost, optimizer_class_and_options
@@ -200,14 +207,27 @@ def test_no_bit_depends_on_the_place_where_layers_are_recomputed(tmp_path, refer
     assert_same(run(tmp_path, "gradients", gradient_checkpointing=True), reference())
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Return a function that gives the checkpoint of a run that was killed in a place."""
+    checkpoints = {}
+
+    def get(place) -> str:
+        if place not in checkpoints:
+            folder = tmp_path_factory.mktemp("killed")
+            saves = {"save_strategy": "steps", "save_steps": SAVED_STEP}
+            make_trainer(folder, place, trainer=KilledTrainer, **saves).train()
+            checkpoints[place] = str(folder / f"checkpoint-{SAVED_STEP}")
+        return checkpoints[place]
+
+    return get
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed_place", PLACES)
 @pytest.mark.parametrize("killed_place", PLACES)
-def test_a_run_resumes_in_any_place(tmp_path, reference, killed_place, resumed_place):
-    saves = {"save_strategy": "steps", "save_steps": SAVED_STEP}
-    make_trainer(tmp_path, killed_place, trainer=KilledTrainer, **saves).train()
-    checkpoint = tmp_path / f"checkpoint-{SAVED_STEP}"
-    resumed = run(tmp_path, resumed_place, resume_from=str(checkpoint))
+def test_a_run_resumes_in_any_place(tmp_path, reference, killed, killed_place, resumed_place):
+    resumed = run(tmp_path, resumed_place, resume_from=killed(killed_place))
     assert_same(resumed, reference())
 
 
@@ -335,3 +355,121 @@ def test_loading_fills_the_memory_that_was_taken():
     assert other.state[p]["exp_avg"].codes is taken
     assert taken.any()
     assert saved["state"] == {}
+
+
+# ---- Through the script -------------------------------------------------------------------------
+SCRIPT_STEPS = 6
+KILLED_STEP = 5  # after the checkpoint of step 4
+FLAGS = {
+    "max_steps": SCRIPT_STEPS,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "tokens_per_forward": 160,
+    "max_len": 128,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.1,
+    "max_grad_norm": CLIPPED_NORM,
+    "save_steps": 2,
+    "report_to": "none",
+}
+
+
+def keep_in_host_memory(*contents: str) -> None:
+    """Let the script plan for host memory, as it does where the GPUs are too small."""
+    sft.plan.Plan.in_host_memory = contents
+
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """Return a function that runs the script on a CPU taken for a bf16 GPU: its output folder."""
+    folder = tmp_path_factory.mktemp("script")
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1}
+    runs.make_model(folder / "model", tied=False, **sizes)
+    rows = []
+    for number in range(24):
+        rows.append(json.dumps({"query": f"{number} + {number}?", "answer": f"{2 * number}."}))
+    (folder / "train.jsonl").write_text("\n".join(rows) + "\n")
+
+    def run_script(name, place, killed=False, num_processes=1, copied_from=None, **flags):
+        output_dir = folder / name
+        if copied_from is not None:
+            shutil.copytree(folder / copied_from, output_dir)
+            flags["resume"] = True
+        actions = [
+            (forks.take_for_gpu, "bf16", num_processes > 1),
+            (keep_in_host_memory, *PLACES[place]),
+        ]
+        if killed:
+            actions.append((forks.at_step, KILLED_STEP, kill_this_process))
+        places = {
+            "model_name_or_path": folder / "model",
+            "data_path": folder / "train.jsonl",
+            "output_dir": output_dir,
+        }
+        words = runs.argv(**{**places, **FLAGS, **flags})
+        call = (forks.main_after, actions, words)
+        ended = forks.run(folder / f"{name}-log", *[call] * num_processes, cache=folder / "cache")
+        if not killed:
+            assert ended.codes[0] == 0, ended.texts[0]
+        return output_dir
+
+    return run_script
+
+
+@pytest.fixture(scope="module")
+def whole_run(script):
+    """The output folder of a run that keeps all on the device, and that was never stopped."""
+    return script("whole", "device")
+
+
+def read_steps(output_dir) -> list[tuple]:
+    return [(log["step"], log["loss"], log["grad_norm"]) for log in runs.read_logs(output_dir)]
+
+
+def read_files(output_dir) -> dict[str, bytes]:
+    """Return the files of the last checkpoint that hold weights and the optimizer's state."""
+    checkpoint = output_dir / f"checkpoint-{SCRIPT_STEPS}"
+    files = {}
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        files[name] = (checkpoint / name).read_bytes()
+    return files
+
+
+def assert_same_output(found, wanted) -> None:
+    assert read_steps(found) == read_steps(wanted)
+    for name, content in read_files(wanted).items():
+        assert read_files(found)[name] == content, name
+
+
+@pytest.mark.slow
+@ON_HOST
+def test_the_script_writes_the_same_files_wherever_values_lie(script, whole_run, place):
+    assert len(read_steps(whole_run)) == SCRIPT_STEPS
+    assert_same_output(script(place, place), whole_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "killed_place, resumed_place",
+    [("device", "gradients"), ("gradients", "state"), ("state", "device")],
+)
+def test_a_killed_script_resumes_in_another_place(script, whole_run, killed_place, resumed_place):
+    killed = f"killed-{killed_place}"
+    script(killed, killed_place, killed=True)
+    found = script(f"resumed-{killed_place}", resumed_place, copied_from=killed)
+    assert_same_output(found, whole_run)
+
+
+@pytest.mark.slow
+def test_shards_resume_in_host_memory(script):
+    """A run of two processes, killed, goes on in one, without gradients of zeros on the GPU."""
+    half = {"per_device_train_batch_size": 4}
+    script("shards", "device", killed=True, num_processes=2, **half)
+    wanted = script("shards-device", "device", copied_from="shards")
+    for place in ("state", "gradients"):
+        found = script(f"shards-{place}", place, copied_from="shards")
+        assert_same_output(found, wanted)
