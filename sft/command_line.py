@@ -58,6 +58,10 @@ class UsageError(ValueError):
     """A mistake on the command line: printed as one line, exit code 2."""
 
 
+class MoreThanOneValue(UsageError):
+    """A JSON text that goes on after its value."""
+
+
 def option(default, help_text: str, *, group: str | None = None, choices=None, **about):
     """Return a field of a dataclass of options.
 
@@ -104,10 +108,6 @@ def find_kind(annotation) -> type:
     if typing.get_origin(annotation) is types.UnionType:
         annotation = typing.get_args(annotation)[0]
     return typing.get_origin(annotation) or annotation
-
-
-class MoreThanOneValue(UsageError):
-    """A JSON text that goes on after its value."""
 
 
 # ---- Parsing -------------------------------------------------------------------------------------
@@ -442,7 +442,10 @@ def check_reporters(report_to: list[str]) -> None:
 
 # ---- Options that go together --------------------------------------------------------------------
 def find_options_without_effect(args, options: dict[str, Option], from_flags: dict) -> list[tuple]:
-    """Return (name, reason) of each option that is a flag or not at its default, but idle."""
+    """Return (name, reason) of each option that is given, and changes nothing.
+
+    A file may hold all options at their defaults. These are not taken for given.
+    """
     found = []
     for name, other, values, advice in NO_EFFECT:
         is_given = name in from_flags or getattr(args, name) != options[name].default
@@ -560,7 +563,7 @@ def check_schedule(training_args: "transformers.TrainingArguments", num_steps: i
     given = f"--lr_scheduler_type {kind} --lr_scheduler_kwargs '{json.dumps(kwargs)}'"
     num_warmup_steps = training_args.get_warmup_steps(num_steps)
     num_scheduled_steps = num_steps
-    if num_warmup_steps > 0:  # Training leaves the first step of a warm-up out.
+    if num_warmup_steps > 0:  # The trainer leaves out the first step of a warm-up, whose rate is 0.
         num_scheduled_steps = num_steps + 1
     parameter = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=training_args.learning_rate)
@@ -570,11 +573,11 @@ def check_schedule(training_args: "transformers.TrainingArguments", num_steps: i
             kind, optimizer, num_warmup_steps, num_scheduled_steps, kwargs
         )
     factor_of_step = schedule.lr_lambdas[0]
-    # Scheduler.step() asks for one more than there are steps.
+    # The schedule is asked once more behind the last step.
     num_checked = min(num_scheduled_steps + 1, MAX_CHECKED_STEPS)
     steps = np.linspace(0, num_scheduled_steps, num_checked).round().astype(int)
     for step in steps.tolist():
-        with as_user_error(f"{given}: no learning rate at step {step} of {num_steps}"):
+        with as_user_error(f"{given}: no learning rate at step {step}"):
             check_factor(factor_of_step(step), training_args.learning_rate)
 
 
