@@ -294,6 +294,7 @@ class CheckpointTrainer(Trainer):
             say(f"best       {best} is gone: the best of the steps from here on is exported")
 
     def _load_best_model(self) -> None:
+        check_checkpoint(Path(self.state.best_model_checkpoint))
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- Resuming ----

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -398,6 +400,22 @@ def test_a_best_checkpoint_that_is_damaged_is_refused(train, tmp_path):
     (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"checkpoint-2: not as it was saved"):
         train(tmp_path, resume_from=4, eval_losses=LOSSES)
+    assert saved_steps(tmp_path)[-1] == 4  # before a step is trained in vain
+
+
+def test_a_best_checkpoint_that_is_damaged_while_training_is_named(train, tmp_path):
+    """The last checkpoint is whole: --resume exports the weights that it has."""
+
+    def damage(trainer):
+        (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
+
+    with pytest.raises(UserError, match=r"checkpoint-2: not as it was saved: model\.safetensors"):
+        train(tmp_path, At("on_step_end", STEPS, damage), eval_losses=LOSSES)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    resumed = train(tmp_path, resume_from=STEPS, eval_losses=LOSSES)
+    assert resumed.state.best_model_checkpoint is None
+    resumed.export(torch.float32)
+    assert (tmp_path / "model.safetensors").exists()
 
 
 # ---- Failures -----------------------------------------------------------------------------------
@@ -641,6 +659,35 @@ def test_a_checkpoint_of_one_process_is_a_model_folder_for_transformers_4(train,
     assert config["rope_theta"] == 1e6
     assert config["torch_dtype"] == "float32"
     assert "additional_special_tokens" in words
+
+
+GREEDY = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
+    for question in ("What is osmosis?", "葡萄牙的首都是哪里?", "Hi!"):
+        messages = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt")
+        print(model.generate(**ids, max_new_tokens=30, do_sample=False).tolist())
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_generates_the_same_tokens(tmp_path):
+    """TRANSFORMERS_4 names the Python of an environment with transformers 4.57."""
+    other = os.environ.get("TRANSFORMERS_4") or pytest.skip("TRANSFORMERS_4 is not set")
+    trainer = make_trainer(runs.TINY, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.export(torch.bfloat16)
+    folders = [tmp_path, tmp_path / "checkpoint-2"]
+    folders.append(checkpoints.export_checkpoint(tmp_path / "checkpoint-2"))
+    outputs = []
+    for python in (sys.executable, other):
+        outputs.append(subprocess.check_output([python, "-c", GREEDY, *map(str, folders)]))
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count(b"\n") == 9
 
 
 # ---- Shards -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from sft import checkpoints, run_record
+from sft import checkpoints, model_files, run_record
 from sft.checkpoints import CheckpointTrainer
 from sft.errors import UserError
 
@@ -65,7 +65,15 @@ class OnStepEnd(transformers.TrainerCallback):
         self.action(self.trainer, state.global_step)
 
 
-def train(folder, output_dir, resume_from=None, action=None, trainer_class=Trainer, **options):
+def train(
+    folder,
+    output_dir,
+    resume_from=None,
+    action=None,
+    trainer_class=Trainer,
+    weights_are_sent=False,
+    **options,
+):
     """Train the model in folder, in output_dir; return the trainer."""
     examples = []
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +99,12 @@ def train(folder, output_dir, resume_from=None, action=None, trainer_class=Train
         **options,
     )
     trainer = trainer_class(
-        transformers.Qwen2ForCausalLM.from_pretrained(folder / "model"),
+        model_files.load_weights(
+            transformers.Qwen2ForCausalLM,
+            str(folder / "model"),
+            torch.float32,
+            weights_are_sent=weights_are_sent,
+        ),
         arguments,
         train_dataset=examples,
         eval_dataset=examples[:1],
@@ -182,6 +195,8 @@ def run_in_shards(folder: Path) -> int:
     whole.export(torch.bfloat16)
     resumed = resume(folder, "resumed", "whole")
     write_result(folder, "resumed", read_losses(resumed))
+    sent = train(folder, folder / "sent", weights_are_sent=is_last_process())
+    write_result(folder, "sent", read_losses(sent))
     train(folder, folder / "no-rng", action=FullDisk(Trainer, "_save_rng_state"))
     train(folder, folder / "no-shard", action=FullDisk(FileSystemWriter, "write_data"))
     note_refusal(folder, "nan", train, folder, folder / "nan", action=spoil_last_shard)
@@ -268,6 +283,12 @@ def test_as_many_processes_resume_to_the_bit(folder, name):
     whole = {"resumed": "whole", "fp16-resumed": "fp16"}[name]
     assert read_results(folder, name) == read_results(folder, whole)
     assert read_shards(folder / name) == read_shards(folder / whole)
+
+
+def test_a_process_that_is_sent_its_weights_trains_the_same(folder):
+    """The head is tied, and of both processes only the first reads the model's files."""
+    assert read_results(folder, "sent") == read_results(folder, "whole")
+    assert read_shards(folder / "sent") == read_shards(folder / "whole")
 
 
 def test_the_loss_scale_is_resumed(folder):
