@@ -103,29 +103,21 @@ class Split:
 def place_by_time(
     job: Job, capacities: list[float], tokens: int, trained_share: float, **options
 ) -> ModulesByDevice | None:
-    """Return the modules of each device, so that the slowest device is as fast as can be.
+    """Return the modules of each device, so that the times of all devices are as even as can be.
 
-    Only splits that fit into the capacities (in bytes) count. Among those that are equally fast,
-    this is the most even one. Returns None where nothing fits. `options`: those of
-    memory_model.step_memory.
+    Only splits that fit into the capacities (in bytes) count. Returns None where nothing fits. No
+    other split has a faster slowest device: if one had, a layer could move from the slowest device
+    to a faster one, and the times would be more even. `options`: those of memory_model.step_memory.
     """
     spans = Spans(job, tokens, trained_share, options)
-    if fill_devices(spans, capacities, limit=1)[-1] < spans.num_modules:
+    split = find_most_even_split(spans, capacities)
+    if split is None:
         return None
-    whole_model = spans.get(0, spans.num_modules)
-    mean_time = whole_model.time / len(capacities)
-    limits = {span.time for span in spans.list_distinct()}
-    for limit in sorted(limits):
-        if limit < mean_time:
-            continue
-        split = find_most_even_split(spans, capacities, limit)
-        if split is not None:
-            return spans.cut(split.ends)
-    raise AssertionError("some split fits, and the highest limit allows all of them")
+    return spans.cut(split.ends)
 
 
-def find_most_even_split(spans: Spans, capacities: list[float], limit: float) -> Split | None:
-    """Return the most even split with no device over the limit of time or over its capacity."""
+def find_most_even_split(spans: Spans, capacities: list[float]) -> Split | None:
+    """Return the split with the least unevenness of those that fit."""
     # From the last device to the first: the best split of the modules from `first` to the end.
     best = {spans.num_modules: Split(ends=[], unevenness=0)}
     for capacity in reversed(capacities):
@@ -135,7 +127,7 @@ def find_most_even_split(spans: Spans, capacities: list[float], limit: float) ->
                 if end < first:
                     continue
                 span = spans.get(first, end)
-                if span.time > limit or span.peak_bytes / capacity > 1:
+                if span.peak_bytes > capacity:
                     continue
                 split = Split(
                     ends=[end, *rest.ends],
