@@ -227,7 +227,7 @@ def test_flags_stand_in_the_command_as_they_were_given(write_rows):
     args = parse(command[2:], sft_qwen2.SFTArguments)
     assert args.system_prompt == "Be brief. It's late."
     assert args.skip_bad_rows is True
-    assert command[command.index("--skip_bad_rows") + 1] == "--max_len"
+    assert command[command.index("--skip_bad_rows") + 1].startswith("--")
 
 
 def test_the_loss_of_half_the_length_is_told_where_it_is_small(measure_rows):
