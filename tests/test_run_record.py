@@ -55,7 +55,8 @@ def stopped(tmp_path):
 
 # ---- What is resumed ----------------------------------------------------------------------------
 def test_a_run_goes_on_from_its_last_checkpoint(stopped, capsys):
-    """The last one by number, not by name."""
+    """The last one by number, not by name; what others have named alike is none."""
+    (stopped / "checkpoint-99-mine").mkdir()
     assert open_run(stopped, resume=True) == f"{stopped}/checkpoint-12"
     assert f"resume     from {stopped}/checkpoint-12" in capsys.readouterr().out
 
