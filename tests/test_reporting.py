@@ -1,6 +1,7 @@
 """What a run prints and writes, and that no reporter ends it."""
 
 import contextlib
+import copy
 import http.server
 import json
 import os
@@ -133,8 +134,9 @@ def test_times_are_said_as_people_say_them(seconds, text):
     assert reporting.format_seconds(seconds) == text
 
 
-def test_a_run_says_its_steps_evaluations_and_saves_and_sums_them_up(tmp_path, capsys):
-    trainer = make_trainer(tmp_path, load_best_model_at_end=True)
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_a_run_says_its_steps_evaluations_and_saves(tmp_path, capsys, disable_tqdm):
+    trainer = make_trainer(tmp_path, load_best_model_at_end=True, disable_tqdm=disable_tqdm)
     run_lines = reporting.set_up_reporting(trainer)
     trainer.train()
     run_lines.print_summary(trainer.args, trainer.state, "bfloat16")
@@ -179,6 +181,15 @@ def test_a_run_that_stopped_early_says_why(tmp_path, capsys):
     args = SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=False)
     run_lines.print_summary(args, state, "float32")
     assert "not 9: eval_loss no longer fell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("loads_best", "step"), [(True, 3), (False, 6)])
+def test_the_summary_names_the_step_whose_weights_are_exported(tmp_path, capsys, loads_best, step):
+    state = transformers.TrainerState(global_step=6, max_steps=6, is_world_process_zero=True)
+    state.best_global_step = 3
+    args = SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=loads_best)
+    reporting.RunLines().print_summary(args, state, "float32")
+    assert f"the weights of step {step}, float32" in capsys.readouterr().out
 
 
 def train_in_terminal(path: str, output_dir) -> int:
@@ -265,6 +276,17 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, capsys):
     assert "metrics.jsonl lacks step 3" in capsys.readouterr().err
 
 
+def test_what_a_full_disk_kept_back_is_written_at_the_end(tmp_path):
+    history = [{"loss": 2.0, "step": 1}]
+    state = transformers.TrainerState(log_history=history, is_world_process_zero=True)
+    args = SimpleNamespace(output_dir=str(tmp_path / "outputs"))
+    metrics = reporting.MetricsFile()
+    metrics.on_log(args, state, None)
+    (tmp_path / "outputs").mkdir()
+    metrics.on_train_end(args, state, None)
+    assert metrics_in(tmp_path / "outputs") == history
+
+
 def test_other_processes_print_and_write_nothing(tmp_path, capsys):
     history = [{"loss": 2.0, "step": 1}, {"eval_loss": 1.0, "step": 1}]
     state = transformers.TrainerState(global_step=1, log_history=history)
@@ -343,6 +365,23 @@ def test_a_reporter_that_raises_is_said_once_and_dropped(tmp_path, capsys, monke
     assert reporter.num_calls == 0
 
 
+def test_callbacks_behind_a_reporter_that_raises_are_called(tmp_path, monkeypatch):
+    class Witness(transformers.TrainerCallback):
+        num_calls = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.num_calls += 1
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "test", Reporter)
+    trainer = make_trainer(tmp_path)
+    trainer.add_callback(Reporter("on_train_begin"))
+    witness = Witness()
+    trainer.add_callback(witness)
+    reporting.set_up_reporting(trainer)
+    trainer.train()
+    assert witness.num_calls == 1
+
+
 def test_the_errors_of_other_callbacks_end_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(Reporter("on_step_end"))
@@ -354,6 +393,7 @@ def test_the_errors_of_other_callbacks_end_the_run(tmp_path):
 def test_callbacks_still_steer_the_run(tmp_path):
     class StopAtTwo(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, optimizer, lr_scheduler, model, **kwargs):
+            control = copy.copy(control)
             control.should_training_stop = state.global_step == 2
             return control
 
