@@ -183,7 +183,8 @@ def test_a_group_without_a_limit_has_all_of_the_machine(make_group):
     [
         ((8, 9), CUDA_13_WHEEL),  # sm_86 runs on 8.9
         ((9, 0), CUDA_13_WHEEL),
-        ((12, 1), CUDA_13_WHEEL),  # newer than the build, which can compile
+        ((12, 1), CUDA_13_WHEEL),
+        ((13, 0), CUDA_13_WHEEL),  # newer than the build, which can compile
         (VOLTA, CUDA_12_6_WHEEL),
     ],
 )
