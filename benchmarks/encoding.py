@@ -1,9 +1,11 @@
-"""Compare token_stats.py's reading with two tokenizer.encode calls a row; measure its memory.
+"""Compare how rows are encoded here with two tokenizer.encode calls a row, in time and memory.
 
-    python benchmarks/encoding.py --data train.jsonl --model qwen2-7b [--memory]
+    python benchmarks/encoding.py --data gsm8k/train.jsonl --model Qwen/Qwen2-7B-Instruct
+    python benchmarks/encoding.py --data gsm8k/train.jsonl --model Qwen/Qwen2-7B-Instruct --memory
 
-The runs are interleaved, each with an empty cache. Prints a Markdown table, its machine and
-versions. Imports and the tokenizer's loading are not timed. --memory: 10,000 and 1,000,000 rows.
+The first command times the rows of the file, and 52,000 rows made of them. Each run is a process of
+its own with an empty cache, and the ways take turns. Imports and the loading of the tokenizer are
+not timed. The second command measures the peak memory for 10,000 and for 1,000,000 short rows.
 """
 
 import argparse
@@ -18,139 +20,166 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATE = (
-    "<|im_start|>system\n{system_prompt}<|im_end|>\n<|im_start|>user\n{user_prompt}<|im_end|>\n"
+SYSTEM_PROMPT = "You are a helpful assistant."
+PROMPT = (
+    "<|im_start|>system\n{system_prompt}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-ROUNDS, SIZES = 5, (10_000, 1_000_000)
+NUM_MANY_ROWS = 52_000
+NUM_ROUNDS = 5
+WAYS = {
+    "loop": "two `tokenizer.encode` calls a row",
+    "first": "`encode_files`, the first time",
+    "cached": "`encode_files`, from its cache",
+}
 
 
-def cpu_s() -> float:
+# ---- One run, in a process of its own -----------------------------------------------------------
+def cpu_seconds() -> float:
     """Return the CPU seconds of this process and of those that it started and that ended."""
-    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        total += usage.ru_utime + usage.ru_stime
+    return total
 
 
 def peak_mib() -> float:
     """Return the most memory that this process, or one that it started, has had."""
-    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(usage.ru_maxrss for usage in both) / 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    others = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(own, others) / 1024
 
 
-def worker(mode: str, data: Path, model: str) -> dict[str, float]:
-    """Return rows, wall and CPU seconds and peak MiB of one way to count, in this process."""
+def encode_in_a_loop(path: Path, tokenizer) -> list[int]:
+    """Return the number of tokens of each row."""
+    num_tokens = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            prompt = PROMPT.format(system_prompt=SYSTEM_PROMPT, question=row["query"])
+            prompt_ids = tokenizer.encode(prompt)
+            answer_ids = tokenizer.encode(row["answer"])
+            num_tokens.append(len(prompt_ids) + len(answer_ids) + 1)  # <|im_end|>
+    return num_tokens
+
+
+def run_once(way: str, path: Path, model: str) -> dict[str, float]:
+    """Return what encoding the rows in this process took."""
     sys.path.insert(0, str(ROOT))
     import sft_qwen2
-    from sft.callbacks import quiet_libraries
-    from sft.encoded_rows import encode_files
+    from sft.console import quiet_libraries
+    from sft.model_files import load_tokenizer
 
     quiet_libraries()
-    system_prompt = sft_qwen2.ScriptArguments.system_prompt
-    tokenizer = sft_qwen2.load_tokenizer(model, system_prompt)
-    before = peak_mib()
-    wall, cpu, lengths = time.perf_counter(), cpu_s(), []
-    if mode == "loop":
-        with open(data, encoding="utf-8") as file:
-            for row in [json.loads(line) for line in file.readlines()]:
-                texts = {"system_prompt": system_prompt, "user_prompt": row["query"]}
-                prompt = tokenizer.encode(TEMPLATE.format(**texts))
-                lengths.append(len(prompt + tokenizer.encode(row["answer"])) + 1)  # <|im_end|>
-    else:
-        how = (tokenizer, system_prompt, sft_qwen2.encode_batch, sft_qwen2.__file__)
-        num_proc = int(mode) if mode.isdigit() else None
-        for _ in range(2 if mode == "cached" else 1):
-            wall, cpu = time.perf_counter(), cpu_s()
-            lengths = encode_files([data], *how, num_proc)["num_tokens"]
-    wall, cpu, peak = time.perf_counter() - wall, cpu_s() - cpu, peak_mib()
-    tokens = int(sum(lengths))
-    return dict(rows=len(lengths), tokens=tokens, wall=wall, cpu=cpu, before=before, peak=peak)
-
-
-def whole_run(data: Path, model: str) -> dict[str, float]:
-    """Return the peak MiB of token_stats.main, before it (imports, tokenizer) and in all."""
-    sys.path.insert(0, str(ROOT))
-    import sft_qwen2
-    import token_stats
-
-    sft_qwen2.load_tokenizer(model, "")
-    before = peak_mib()
+    tokenizer = load_tokenizer(model)
+    args = SimpleNamespace(system_prompt=SYSTEM_PROMPT, train_on="all")
+    if way == "cached":
+        sft_qwen2.encode_files([path], tokenizer, args)
+    before_mib = peak_mib()
     start = time.perf_counter()
-    sys.stdout, stdout = sys.stderr, sys.stdout
-    code = token_stats.main(["--data_path", str(data), "--model_name_or_path", model])
-    sys.stdout = stdout
-    assert code == 0
-    peak = peak_mib()
-    return dict(wall=time.perf_counter() - start, before=before, peak=peak)
+    cpu_start = cpu_seconds()
+    if way == "loop":
+        num_tokens = encode_in_a_loop(path, tokenizer)
+    else:
+        num_tokens = sft_qwen2.encode_files([path], tokenizer, args)["num_tokens"]
+    return {
+        "wall_s": time.perf_counter() - start,
+        "cpu_s": cpu_seconds() - cpu_start,
+        "num_rows": len(num_tokens),
+        "num_tokens": sum(num_tokens),
+        "before_mib": before_mib,
+        "peak_mib": peak_mib(),
+    }
 
 
-def fork(mode: str, data: Path, model: str) -> dict[str, float]:
-    """Return worker's result of a fresh process with an empty cache."""
+def start_run(way: str, path: Path, model: str) -> dict[str, float]:
+    """Return the result of run_once in a fresh process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-        argv = ["--worker", mode, "--data", str(data), "--model", model]
-        command = [sys.executable, __file__, *argv]
-        options = {"env": environment, "check": True, "text": True, "stdout": subprocess.PIPE}
-        out = subprocess.run(command, stderr=subprocess.DEVNULL, **options).stdout
-    return json.loads(out.splitlines()[-1])
+        command = [sys.executable, __file__, "--way", way, "--data", str(path), "--model", model]
+        environment = {**os.environ, "HF_DATASETS_CACHE": cache}
+        output = subprocess.run(
+            command, env=environment, check=True, text=True, stdout=subprocess.PIPE
+        ).stdout
+    return json.loads(output.splitlines()[-1])
 
 
-def print_memory(model: str) -> None:
-    print("\n| generated rows | s | MiB after imports | peak MiB |\n|---|---|---|---|")
-    for rows in SIZES:
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "train.jsonl"
-            with open(data, "w") as file:
-                for i in range(rows):
-                    file.write(f'{{"query": "What is {i} + {i}?", "answer": "It is {2 * i}."}}\n')
-            for mode in ("1", "2") if rows == max(SIZES) else ():
-                r = fork(mode, data, model)
-                print(f"encoded in {mode} processes: {r['wall']:.0f} s, {r['cpu']:.0f} CPU s")
-            r = fork("main", data, model)
-        print(f"| {rows:,} | {r['wall']:.0f} | {r['before']:.0f} | {r['peak']:.0f} |", flush=True)
-
-
-def print_speed(data: Path, model: str) -> None:
-    modes = {"loop": "two `tokenizer.encode` a row", "all": "`encode_files`"}
-    modes |= {"1": "`encode_files`, 1 process", "cached": "`encode_files`, second time"}
-    results = {mode: [] for mode in modes}
-    for _ in range(ROUNDS):
-        for mode, result in results.items():
-            result.append(fork(mode, data, model))
-    assert len({r["tokens"] for result in results.values() for r in result}) == 1
-    print("| way | rows/s, median | ratio, median (all) | CPU s |\n|---|---|---|---|")
-    for mode, result in results.items():
-        speed = statistics.median(r["rows"] / r["wall"] for r in result)
-        ratios = [a["wall"] / b["wall"] for a, b in zip(results["loop"], result)]
+# ---- The tables ---------------------------------------------------------------------------------
+def print_speed(path: Path, model: str) -> None:
+    results = {way: [] for way in WAYS}
+    for _ in range(NUM_ROUNDS):
+        for way in WAYS:
+            results[way].append(start_run(way, path, model))
+    num_rows = results["loop"][0]["num_rows"]
+    for runs in results.values():
+        for run in runs:
+            assert run["num_tokens"] == results["loop"][0]["num_tokens"]
+    print(f"\n| {num_rows:,} rows | s, median | loop / this: median (all) | CPU s, median |")
+    print("|---|---|---|---|")
+    for way, runs in results.items():
+        ratios = []
+        for loop, run in zip(results["loop"], runs):
+            ratios.append(loop["wall_s"] / run["wall_s"])
         every = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-        cpu = statistics.median(r["cpu"] for r in result)
-        print(
-            f"| {modes[mode]} | {speed:,.0f} | {statistics.median(ratios):.2f} ({every}) ", end=""
-        )
-        print(f"| {cpu:.2f} |")
+        wall_s = statistics.median(run["wall_s"] for run in runs)
+        cpu_s = statistics.median(run["cpu_s"] for run in runs)
+        ratio = statistics.median(ratios)
+        print(f"| {WAYS[way]} | {wall_s:.2f} | {ratio:.2f} ({every}) | {cpu_s:.2f} |", flush=True)
+
+
+def print_memory(folder: Path, model: str) -> None:
+    print("\n| generated rows | s | MiB before | peak MiB |\n|---|---|---|---|")
+    for num_rows in (10_000, 1_000_000):
+        path = folder / f"{num_rows}.jsonl"
+        with open(path, "w") as file:
+            for i in range(num_rows):
+                row = {"query": f"What is {i} + {i}?", "answer": f"It is {2 * i}."}
+                file.write(json.dumps(row) + "\n")
+        run = start_run("first", path, model)
+        memory = f"{run['before_mib']:,.0f} | {run['peak_mib']:,.0f}"
+        print(f"| {num_rows:,} | {run['wall_s']:.1f} | {memory} |", flush=True)
+
+
+def write_many_rows(path: Path, many: Path) -> None:
+    """Write NUM_MANY_ROWS rows that are the rows of `path` over and over, each with a number."""
+    lines = path.read_bytes().splitlines()
+    rows = [json.loads(line) for line in lines]
+    with open(many, "w", encoding="utf-8") as file:
+        for i in range(NUM_MANY_ROWS):
+            row = rows[i % len(rows)]
+            numbered = {"query": f"{i}. {row['query']}", "answer": row["answer"]}
+            file.write(json.dumps(numbered, ensure_ascii=False) + "\n")
+
+
+def print_machine() -> None:
+    names = ("datasets", "tokenizers", "transformers", "pyarrow")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ", end="")
+    print(f"Python {platform.python_version()}, {versions}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL with query and answer")
-    parser.add_argument("--model", required=True, help="folder with a Qwen2 tokenizer")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, required=True, help="JSON Lines of query and answer")
+    parser.add_argument("--model", required=True, help="a Qwen2 tokenizer: folder or name")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory instead")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker == "main":
-        print(json.dumps(whole_run(args.data, args.model)))
-    elif args.worker:
-        print(json.dumps(worker(args.worker, args.data, args.model)))
-    else:
-        names = ("tokenizers", "transformers", "datasets", "pyarrow")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-        print(
-            f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ",
-            end="",
-        )
-        print(f"Python {platform.python_version()}, {versions}\n")
-        print_memory(args.model) if args.memory else print_speed(args.data, args.model)
+    if args.way:
+        print(json.dumps(run_once(args.way, args.data, args.model)))
+        return
+    print_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            print_memory(Path(folder), args.model)
+            return
+        print_speed(args.data, args.model)
+        many = Path(folder, "many.jsonl")
+        write_many_rows(args.data, many)
+        print_speed(many, args.model)
 
 
 if __name__ == "__main__":
