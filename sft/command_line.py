@@ -583,8 +583,6 @@ def check_schedule(training_args: "transformers.TrainingArguments", num_steps: i
 
 def check_factor(factor: float, learning_rate: float) -> None:
     """Raise ValueError unless the factor of the learning rate is a number from 0 to 1."""
-    if isinstance(factor, complex):
-        raise ValueError("it is a complex number")
     rate = factor * learning_rate
     if not math.isfinite(rate) or rate < 0:
         raise ValueError(f"it is {rate}")

@@ -303,6 +303,7 @@ def test_hints_are_for_names_that_are_no_options():
         ("--gradient-accumulation-stesp", "--gradient_accumulation_steps?"),
         ("--data_pat", "--data_path?"),
         ("-lr", "--learning_rate"),
+        ("--batch-size", "--per_device_train_batch_size"),
         ("--lr=1e-4", "--learning_rate"),
         ("--frobnicate", "--help lists all"),
     ],
@@ -786,7 +787,7 @@ def test_processes_on_gpus_share_the_model(monkeypatch):
 def test_apples_gpus_are_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     args = SFTArguments(output_dir=str(tmp_path))
-    assert make_training_arguments(args).device.type == "cpu"
+    assert make_training_arguments(args).use_cpu is True
 
 
 PROCESS = """
