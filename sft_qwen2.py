@@ -1118,7 +1118,7 @@ def make_trainer(
         train_dataset=examples["train"],
         eval_dataset=examples.get("validation"),
         optimizer_cls_and_kwargs=optimizer_class_and_options(
-            args, precision, training_args.process_index
+            args, precision, training_args.process_index, plan.in_host_memory
         ),
         callbacks=callbacks,
     )
