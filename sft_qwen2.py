@@ -750,7 +750,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             if number < len(micro_batches) and not self.is_fsdp_enabled:
                 context = self.accelerator.no_sync(self.model_wrapped)
             with context:
-                output = self.model_wrapped(**micro_batch, num_items_in_batch=divisor)
+                with self.accelerator.autocast():
+                    output = self.model_wrapped(**micro_batch, num_items_in_batch=divisor)
                 self.accelerator.backward(output["loss"])
             local_loss += output["loss"].detach()
         return local_loss
@@ -1082,9 +1083,12 @@ def adapt_training_arguments(training_args, plan: Plan, evaluates_first: bool):
     # With several GPUs in one process Trainer would wrap the model in nn.DataParallel.
     adapted._n_gpu = min(adapted.n_gpu, 1)
     if adapted.fsdp:
-        # accelerate would sum gradients in half precision.
+        # accelerate would sum gradients in half precision. It would also cast hidden states to it
+        # where autocast keeps them in fp32, and Qwen2's overflow in fp16.
         adapted.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=precision.compute, reduce_dtype=torch.float32
+            param_dtype=precision.compute,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=not precision.needs_autocast,
         )
     return adapted
 
@@ -1122,9 +1126,17 @@ def make_trainer(
         ),
         callbacks=callbacks,
     )
+    if trainer.is_fsdp_enabled and precision.needs_autocast:
+        # FSDP gathers the embedding in half precision. Hidden states are fp32, as in one process.
+        model.model.embed_tokens.register_forward_hook(as_fp32)
     # A cache of the casts of weights would take 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     return trainer
+
+
+def as_fp32(module, inputs, output: torch.Tensor) -> torch.Tensor:
+    """Return a module's output in fp32. This is a forward hook."""
+    return output.float()
 
 
 def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, export_dtype) -> int:
