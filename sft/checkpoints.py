@@ -73,6 +73,7 @@ METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.serialization", "_get_layout"),
 }
+FAILURES = (Exception, CheckpointException)  # torch derives the latter from BaseException
 RETRY_S = 60  # between two tries to write a model that nothing else holds
 MAX_WAIT_S = 3600
 
@@ -151,7 +152,7 @@ class CheckpointTrainer(Trainer):
         try:
             with only_tensors_are_loaded():
                 return super().train(resume_from_checkpoint, **options)
-        except Exception as error:
+        except FAILURES as error:
             if not self.is_resuming or isinstance(error, UserError):
                 raise
             sentence = f"{resume_from_checkpoint} could not be resumed: {describe(error)}"
@@ -194,7 +195,7 @@ class CheckpointTrainer(Trainer):
         num_failures = torch.zeros((), device=self.args.device)
         try:
             work(*arguments)
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
+        except FAILURES as error:
             num_failures += 1
             name = f"checkpoint-{self.state.global_step}"
             reason = describe(error)
@@ -234,9 +235,9 @@ class CheckpointTrainer(Trainer):
         kept = {checkpoints[-1]}
         if self.state.best_model_checkpoint:
             kept.add(Path(self.state.best_model_checkpoint))
-        num_surplus = len(checkpoints) - max(limit, len(kept))
+        num_surplus = max(len(checkpoints) - limit, 0)
         removable = [path for path in checkpoints if path not in kept]
-        for old in removable[: max(num_surplus, 0)]:
+        for old in removable[:num_surplus]:
             try:
                 # Half deleted it would look damaged, so it is deleted aside.
                 os.replace(old, self.output_dir / ASIDE / old.name)
@@ -436,7 +437,7 @@ def export_checkpoint(checkpoint: Path) -> Path:
     if folder.exists():
         raise UserError(f"{folder} is there already; rename it, and try again")
     check_checkpoint(checkpoint)
-    with only_tensors_are_loaded(), as_user_error(f"{checkpoint} cannot be read"):
+    with only_tensors_are_loaded(), as_user_error(f"{checkpoint} cannot be read", FAILURES):
         weights = read_weights(checkpoint)
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
         config = transformers.AutoConfig.from_pretrained(checkpoint)

@@ -8,13 +8,19 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import runs
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
 from sft import checkpoints, export, run_record, whole_files
 from sft.checkpoints import CheckpointTrainer
@@ -372,17 +378,18 @@ def test_only_a_step_that_is_saved_can_be_the_best(train, tmp_path):
     assert trainer.state.best_model_checkpoint == f"{tmp_path}/checkpoint-4"
 
 
+@pytest.mark.parametrize(("later_loss", "best"), [(2.0, 5), (4.0, 2)])
 def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(
-    train, reference, tmp_path, monkeypatch
+    train, reference, tmp_path, monkeypatch, later_loss, best
 ):
-    """The best of those that were saved is loaded in the end, not one that is not there."""
-    losses = {1: 5.0, 2: 3.0, 3: 1.0, 4: 4.0, 5: 2.0, 6: 4.0}
+    """The best of those that were saved is loaded in the end, be it a later or an earlier one."""
+    losses = {1: 5.0, 2: 3.0, 3: 1.0, 4: 4.0, 5: later_loss, 6: 4.0}
     fail_at(monkeypatch, 3, checkpoints, "sync_files")
     trainer = train(tmp_path, eval_losses=losses, save_total_limit=1)
-    assert trainer.state.best_model_checkpoint == f"{tmp_path}/checkpoint-5"
-    assert saved_steps(tmp_path) == [5, 6]
-    best = load_file(reference.output_dir / "checkpoint-5" / "model.safetensors")
-    for name, weight in best.items():
+    assert trainer.state.best_model_checkpoint == f"{tmp_path}/checkpoint-{best}"
+    assert saved_steps(tmp_path) == [best, 6]
+    weights = load_file(reference.output_dir / f"checkpoint-{best}" / "model.safetensors")
+    for name, weight in weights.items():
         assert torch.equal(trainer.model.state_dict()[name], weight)
 
 
@@ -565,6 +572,9 @@ class Disk:
     def write(self, *args):
         self.num_tries += 1
         if self.num_tries <= self.num_failures:
+            folder = args[0]
+            folder.mkdir()
+            (folder / "half").write_text("half")
             raise FULL_DISK
         self.write_model(*args)
 
@@ -691,6 +701,39 @@ def test_transformers_4_generates_the_same_tokens(tmp_path):
 
 
 # ---- Shards -------------------------------------------------------------------------------------
+def save_in_shards(trainer, checkpoint, **changes):
+    """Turn a checkpoint into shards, as processes save it; change options of the optimizer."""
+    weights = get_model_state_dict(trainer.model)
+    state = get_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer)
+    state["param_groups"][0].update(changes)
+    parts = {
+        checkpoints.WEIGHT_SHARDS: {"model": weights},
+        checkpoints.OPTIMIZER_SHARDS: {"optimizer": state},
+    }
+    for name, part in parts.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is only one process
+            dcp.save(part, checkpoint_id=checkpoint / name, no_dist=True)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def test_one_process_resumes_shards_to_the_bit(train, reference, tmp_path):
+    stopped = train(tmp_path, At("on_step_end", 2, stop))
+    save_in_shards(stopped, tmp_path / "checkpoint-2")
+    assert_same_end(train(tmp_path, resume_from=2), reference)
+
+
+def test_the_values_in_shards_run_nothing(train, tmp_path):
+    """Torch would read what is no tensor as a pickle of any kind."""
+    stopped = train(tmp_path, At("on_step_end", 2, stop))
+    save_in_shards(stopped, tmp_path / "checkpoint-2", eps=Attack(tmp_path / "ran"))
+    with pytest.raises(UserError, match="checkpoint-2 could not be resumed") as error:
+        train(tmp_path, resume_from=2)
+    assert "remove" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_contents_of_shards_run_nothing(tmp_path):
     contents = pickle.dumps(Attack(tmp_path / "ran"))
     (tmp_path / ".metadata").write_bytes(contents)
