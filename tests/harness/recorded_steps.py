@@ -193,13 +193,17 @@ class GpuKernels(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretend_gpu(job: Job):
-    """Let fake tensors of the CPU take the paths of a GPU. PyTorch without CUDA has no others."""
+    """Let fake tensors of the CPU take the paths of a GPU. PyTorch without CUDA has no others.
+
+    fp32 products are those of a CPU, and take its paths.
+    """
+    is_gpu = job.precision.compute != torch.float32
     capability = (9, 0)
     if job.precision.compute == torch.float16:
         capability = (7, 0)
     with (
         FakeTensorMode(),
-        mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: True)),
+        mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: is_gpu)),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
         mock.patch.object(LOSS_MODULE, LOSS_BACKWARD, make_loss_gradients),
     ):
