@@ -60,7 +60,7 @@ def check_model(args, has_gpu_or_plan: bool):
         raise UserError(f"{name} needs a GPU; without one: python sft_qwen2.py configs/tiny.json")
     folder = Path(name)
     if folder.is_dir():
-        check_folder(folder)
+        check_folder(folder, needs_weights=not args.dry_run)
         sentence = f"{name}: config.json cannot be read; fetch its files again"
     elif HUB_NAME.fullmatch(name):
         say(f"model      looking for {name} in the hub's cache and on the hub")
@@ -79,13 +79,13 @@ def check_model(args, has_gpu_or_plan: bool):
     return config
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has a config and weights as safetensors."""
+def check_folder(folder: Path, needs_weights: bool = True) -> None:
+    """Raise UserError unless a folder has a config and, where needed, weights as safetensors."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter (LoRA); merge it into its base model first")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no config.json, so it is no model's folder")
-    if any(folder.glob("*.safetensors")):
+    if not needs_weights or any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")):
         convert = (

@@ -33,8 +33,8 @@ def copy_of_model(model_dir, tmp_path):
     return shutil.copytree(model_dir, tmp_path / "model")
 
 
-def check(name_or_path, has_gpu_or_plan=True):
-    args = SimpleNamespace(model_name_or_path=str(name_or_path))
+def check(name_or_path, has_gpu_or_plan=True, dry_run=False):
+    args = SimpleNamespace(model_name_or_path=str(name_or_path), dry_run=dry_run)
     return model_files.check_model(args, has_gpu_or_plan)
 
 
@@ -127,6 +127,13 @@ def bin_model(copy_of_model):
     torch.save(load_file(path), copy_of_model / "pytorch_model.bin")
     path.unlink()
     return copy_of_model
+
+
+def test_a_plan_needs_no_weights(copy_of_model):
+    """Its config tells the memory: --dry_run before 15 GB are fetched."""
+    for path in copy_of_model.glob("*.safetensors"):
+        path.unlink()
+    assert check(copy_of_model, dry_run=True).model_type == "qwen2"
 
 
 def test_weights_that_could_run_code_are_not_read(bin_model):
