@@ -1,8 +1,6 @@
-"""READMEs and docs say what the scripts do: commands, outputs, options, figures, both languages."""
+"""READMEs and docs: commands that work, the options' defaults, links, figures, both languages."""
 
-import ast
-import dataclasses
-import os
+import json
 import re
 import shlex
 import subprocess
@@ -10,213 +8,173 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from runs import ROOT
-from safetensors.torch import load_file
-from torch.distributed.run import get_args_parser
 
 import sft_qwen2
 import token_stats
+from sft.command_line import parse
 
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "docs")]
-TEXTS = {p.name: p.read_text("utf-8") for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
-ENGLISH, CHINESE = READMES = TEXTS["README.md"], TEXTS["README.zh-CN.md"]
-RESULTS, OPTIONS = 1, 2  # their tables
-DEFAULTS = sft_qwen2.TRAINING_DEFAULTS
-HOSTS = r"https?://(?!arxiv|github|hf-mirror|keepachangelog|localhost|semver|thinkingmachines)"
-OTHERS = "python3 . -m wandb vllm modelscope curl ctranslate2 ct2-transformers-converter"
-OTHERS += " convert_hf_to_gguf.py llama-server"
-OTHER_FLAGS = ("help", "jinja", "shutdown-timeout", "nproc_per_node", "nnodes")
-NUMBER = r"(?<![A-Za-z\d.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?![A-Za-z\d])"  # not the 2 of Qwen2
-# Where the results stand in benchmarks/README.md: section, table, column, rows.
-THROUGHPUT = ("useful tokens/s", "this trainer", "TRL", "padded to longest")
-SOURCES = [("Throughput", 0, *THROUGHPUT), ("Throughput", 2, *THROUGHPUT)]
-SOURCES += [("Memory", 0, "peak", "this trainer", "usual")]
-SOURCES += [("Precision", 0, "progress", "bf16, default", "bf16, plain AdamW")]
+ENGLISH = (ROOT / "README.md").read_text("utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text("utf-8")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"]
+COMMAND = re.compile(r"(?:python|torchrun [^`\n]*?) ?(sft_qwen2|token_stats)\.py([^`'\n]*)")
+REGISTRIES = re.compile(
+    r"pypi\.|pythonhosted|anaconda\.|npmjs|(?:mirrors|pypi)\.[a-z]+|download\.(?!pytorch\.org)"
+)
 
 
-def blocks(text: str, language: str = r"\w+") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+def find_commands(text: str) -> list[tuple[str, list[str]]]:
+    """Return the script and the arguments of each command of a page."""
+    commands = []
+    for script, arguments in COMMAND.findall(text.split("## [0.1.0]")[0]):
+        words = shlex.split(arguments, comments=True)
+        commands.append((script, words))
+    return commands
 
 
-def prose(text: str) -> str:
-    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+def find_rows(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of each row of the first table below a heading."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    rows = []
+    for line in lines[1:]:
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """Return the cells of each table, its head first."""
-    found = re.findall(r"^(\|.*\n)\|[-|: ]+\|\n((?:\|.*(?:\n|$))+)", text, flags=re.M)
-    rows = [(head + body).splitlines() for head, body in found]
-    return [[[x.strip() for x in row.strip("|").split("|")] for row in table] for table in rows]
+def read_option_defaults() -> dict[str, str]:
+    defaults = {}
+    for name, value in vars(sft_qwen2.SFTArguments()).items():
+        text = str(value)
+        if isinstance(value, list):
+            text = " ".join(value)
+        defaults[f"`--{name}`"] = f"`{text}`"
+    return defaults
 
 
-def commands(text: str) -> list[str]:
-    """Return the commands of bash blocks and of `code`, one for each `&&` between them."""
-    found = re.findall(r"`((?:python|torchrun|pip|wandb|vllm|modelscope) [^`]+)`", prose(text))
-    for body in (x for x in blocks(text, "bash") if "#SBATCH" not in x):
-        found += [body] if body.startswith('python -c "\n') else body.splitlines()
-    return [part for line in found for part in line.split(" && ")]
-
-
-def test_both_readmes_have_the_same_and_are_short():
-    """Blocks, commands, numbers, links; of tables, what is code and all numbers, in their order."""
-    link, cell = r"\]\((?!README)([^)]+)\)", f"`[^`]+`|{NUMBER}"
-    found = []
-    for text in READMES:
-        cells, numbers = re.findall(cell, str(tables(text))), re.findall(NUMBER, prose(text))
-        counts = map(sorted, (blocks(text), commands(text), numbers))
-        found.append([*counts, set(re.findall(link, text)), cells])
-    for english, chinese in zip(*found):
-        assert english == chinese and len(english) > 7
-    assert all(len(text.splitlines()) <= 120 for text in READMES)
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_links_lead_somewhere_and_flags_are_known(name):
-    folder = ROOT if (ROOT / name).exists() else ROOT / "docs"
-    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", TEXTS[name]):
-        assert (folder / target).exists(), target
-        assert not anchor or f"\n## {anchor.capitalize()}\n" in (folder / target).read_text("utf-8")
-    assert not re.search(rf"{HOSTS}|issue #?\d|\.\./shared|/work/|TODO", TEXTS[name])
-    text = re.sub("`modelscope [^`]*`", "", prose(TEXTS[name]))
-    classes = (sft_qwen2.ScriptArguments, transformers.TrainingArguments)
-    known = {field.name for x in classes for field in dataclasses.fields(x)} | {*OTHER_FLAGS}
-    assert set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)) <= known
-
-
-# ---- Commands -----------------------------------------------------------------------------------
-def check_command(command: str) -> None:
-    """Fail unless the command's own parser takes it and the files that it names are there."""
-    words = shlex.split(command)
-    if words[0] == "torchrun":
-        launch = get_args_parser().parse_args(words[1:])
-        words = ["python", launch.training_script, *launch.training_script_args]
-    if words[1:2] == ["sft_qwen2.py"]:
-        words = [word for word in words[2:] if word != "--help"]
-        args, _ = sft_qwen2.parse_arguments(words, sft_qwen2.ScriptArguments, DEFAULTS)
-        for path in (args.model_name_or_path, *args.data_path):
-            assert path.startswith(("Qwen/", "/shared/")) or Path(path).exists(), path
-    elif words[1:2] == ["token_stats.py"]:
-        token_stats.parse_arguments(words[2:])
-    elif words[:2] == ["python", "-c"]:
-        compile(words[2], "README", "exec")
-    elif not {*words[:3]} & {*OTHERS.split()}:  # these were tried by hand: docs/serving.md
-        assert Path(words[3 if words[0] == "pip" else 1]).is_file(), command
-
-
-@pytest.mark.parametrize("command", sorted({x for text in TEXTS.values() for x in commands(text)}))
-def test_a_command_is_understood(command, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_is_understood(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_command(command)
+    for script, words in find_commands(page.read_text("utf-8")):
+        if "--help" in words:
+            continue
+        if script == "token_stats":
+            parse(words, token_stats.StatsArguments, only=token_stats.FLAGS)
+        else:
+            parse(words, sft_qwen2.SFTArguments)
 
 
-def test_slurm_starts_every_process_with_its_rank(tmp_path):
-    """The job script, with a srun that starts two tasks and a python that only says how."""
-    (script,) = [body for body in blocks(TEXTS["machines.md"], "bash") if "#SBATCH" in body]
-    tasks = 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@"; done'
-    python = "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $@"
-    for name, body in {"scontrol": "echo first", "srun": tasks, "python": python}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    out = subprocess.check_output(["bash", "-c", script], env=env, text=True)
-    ranks, flags = zip(*(line.split(" sft_qwen2.py ") for line in out.splitlines()))
-    assert ranks == ("0 0 2 8 first", "1 1 2 8 first")
-    check_command(f"python sft_qwen2.py {flags[1]}")
+def test_the_readme_has_the_commands_of_the_first_hour():
+    assert len(find_commands(ENGLISH)) > 15
 
 
-# ---- Outputs ------------------------------------------------------------------------------------
-def assert_shown(command: str, output: str) -> None:
-    """Fail unless the lines shown below a command are in its output, in their order."""
-    found = re.findall(r"^```bash\n(.*?)^```\n```text\n(.*?)^```$", ENGLISH, flags=re.M | re.S)
-    (shown,) = [text.splitlines() for line, text in found if command in line]
-    lines = iter(output.splitlines())
-    for line in shown:
-        assert line == "..." or line in lines, f"{line} is not in\n{output}"
+def test_both_readmes_have_the_same_commands():
+    assert find_commands(ENGLISH) == find_commands(CHINESE)
+
+
+def test_both_readmes_have_the_same_blocks():
+    blocks = re.compile(r"^```\w+\n.*?^```$", flags=re.MULTILINE | re.DOTALL)
+    assert blocks.findall(ENGLISH) == blocks.findall(CHINESE)
+
+
+@pytest.mark.parametrize("number", ["2,207", "1,064", "457", "789", "199", "58.55", "119.68"])
+def test_both_readmes_have_the_results_of_the_benchmarks(number):
+    benchmarks = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    for text in (ENGLISH, CHINESE, benchmarks):
+        assert number in text
+
+
+@pytest.mark.parametrize(
+    "text, heading", [(ENGLISH, "Options that people set"), (CHINESE, "常用的参数")]
+)
+def test_the_options_have_the_defaults_of_the_script(text, heading):
+    rows = find_rows(text, heading)
+    assert len(rows) == 13
+    defaults = read_option_defaults()
+    for name, default, _ in rows:
+        assert default == defaults[name], name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_sections(page):
+    for target, section in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text("utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if section:
+            headings = re.findall(r"(?m)^#+ (.*)$", file.read_text("utf-8"))
+            anchors = [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+            assert section in anchors, section
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_names_a_host_of_packages_but_pytorchs(page):
+    assert REGISTRIES.findall(page.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "benchmarks/README.md"])
+def test_the_progress_of_bf16_is_what_was_measured(name):
+    results = json.loads((ROOT / "benchmarks/results/precision.json").read_text("utf-8"))
+    progress = {row["name"]: row.get("progress") for row in results["progress"]}
+    text = (ROOT / name).read_text("utf-8")
+    assert f"{100 * progress['bf16, default']:.1f} %" in text
+    assert f"{100 * progress['bf16, plain AdamW']:.1f} %" in text
+
+
+def test_why_states_the_progress_of_plain_bf16():
+    results = json.loads((ROOT / "benchmarks/results/precision.json").read_text("utf-8"))
+    progress = {row["name"]: row.get("progress") for row in results["progress"]}
+    text = (ROOT / "docs/why.md").read_text("utf-8")
+    assert f"{100 * progress['bf16, plain AdamW']:.1f} %" in text
+
+
+def test_the_slurm_script_trains_128_examples_a_step():
+    text = (ROOT / "docs/machines.md").read_text("utf-8")
+    nodes = int(re.search(r"#SBATCH --nodes (\d+)", text)[1])
+    processes_per_node = int(re.search(r"#SBATCH --ntasks-per-node (\d+)", text)[1])
+    words = re.search(r"exec python sft_qwen2\.py ([^']+)'", text)[1]
+    args = parse(shlex.split(words), sft_qwen2.SFTArguments)
+    examples = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert examples * nodes * processes_per_node == 128
+
+
+def test_the_map_names_every_file_of_the_machinery():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    files = {f"sft/{path.name}" for path in (ROOT / "sft").glob("*.py")} - {"sft/__init__.py"}
+    assert set(re.findall(r"`(sft/\w+\.py)`", text)) == files
+
+
+def test_the_names_of_the_reading_order_are_in_the_script():
+    source = (ROOT / "sft_qwen2.py").read_text("utf-8")
+    defined = re.findall(r"(?m)^ *(?:def|class) (\w+)", source)
+    section = ENGLISH.split("\n## Read the code\n")[1]
+    names = [name for name in re.findall(r"`(\w+)`", section) if name != "sft"]
+    assert len(names) == 8
+    assert names == sorted(names, key=defined.index)
+
+
+def list_messages() -> list[str]:
+    text = (ROOT / "docs/messages.md").read_text("utf-8")
+    return re.findall(r"(?m)^\| `([^`]+)` \|", text)
+
+
+@pytest.mark.parametrize("message", list_messages())
+def test_a_message_of_the_list_is_one_that_the_code_says(message):
+    files = [ROOT / "sft_qwen2.py", *(ROOT / "sft").glob("*.py")]
+    sources = [path.read_text("utf-8") for path in files]
+    assert any(message in re.sub(r'"\s*\n\s*f?"', "", source) for source in sources)
 
 
 @pytest.mark.slow
-def test_lengths_and_plan_are_shown_as_they_are(qwen2_tokenizer, tmp_path, run_main, capsys):
-    import memory
-
-    for part in (qwen2_tokenizer, memory.make_config("7B")):
-        part.save_pretrained(tmp_path)
-    model = ["--model_name_or_path", str(tmp_path), "--data_path", str(ROOT / "data")]
-    assert token_stats.main(model) == 0
-    assert_shown("token_stats.py", capsys.readouterr().out)
-    (command,) = [text for text in commands(ENGLISH) if "--dry_run" in text]
-    assert_shown(command, run_main(*shlex.split(command)[4:], *model)[1])
-
-
-@pytest.mark.slow
-def test_the_first_run_and_its_answer_are_shown_as_they_are(tmp_path):
-    """Both commands; training may differ in the last digits from machine to machine.
-
-    Of 40 held-out questions none has its exact answer before, and four of five have it after.
-    """
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    options = {"env": env, "text": True, "shell": True}
-    train, chat = (blocks(ENGLISH, "bash")[i] for i in (0, -1))
-    train = f"{train.split(' && ')[-1].strip()} --output_dir {tmp_path}/outputs/tiny"
-    out = subprocess.check_output(train, cwd=ROOT, **options)
-    figures = r"(?m)^(?:exact|\{'eval_loss).*"
-    shown, found = ([re.findall(NUMBER, x) for x in re.findall(figures, y)] for y in (ENGLISH, out))
-    for line, other in zip(shown, found, strict=True):
-        assert [*map(float, line)] == pytest.approx([*map(float, other)], rel=0.1)
-    right, asked, before = map(int, found[-1])
-    assert (asked, before) == (40, 0) and right >= 32
-    lines = iter(re.findall(figures, ENGLISH))
-    assert_shown("data/tiny.json", re.sub(figures, lambda _: next(lines), out))
-    answer = subprocess.check_output(chat, cwd=tmp_path, **options)
-    assert answer.endswith("'content': 'The capital of Portugal is Lisbon.'}\n")
-
-
-def test_the_picture_shows_what_is_trained_and_the_losses_of_the_first_run():
-    import make_pictures
-
-    picture = (ROOT / "docs" / "picture.svg").read_text("utf-8")
-    assert "\n".join(make_pictures.draw_conversation()) in picture
-    losses = re.findall(r"eval_loss ([\d.]+)<", picture)
-    assert losses == re.findall(r"'eval_loss': '([\d.]+)'", blocks(ENGLISH, "text")[0])
-
-
-@pytest.mark.parametrize("module, name", [("boxes", "README.md"), ("make_tables", "choosing.md")])
-def test_a_generated_table_is_the_one_that_its_command_prints(module, name, capsys):
-    __import__(module).main()
-    assert capsys.readouterr().out in TEXTS[name]
-
-
-def test_options_defaults_and_messages_are_the_scripts():
-    defaults = vars(sft_qwen2.ScriptArguments()) | DEFAULTS
-    for option, value, _ in tables(ENGLISH)[OPTIONS][1:]:
-        assert value == f"`{defaults[option.strip('`-')]}`", option
-    rows = tables(TEXTS["why.md"].split("## The defaults")[1])[0][1:]
-    shown = [text for row in rows for text in re.findall("`(.*?)`", row[0])]
-    assert sorted(shown) == sorted(f"{k} {v}" for k, v in DEFAULTS.items())
-    sources = [ROOT / "sft_qwen2.py", *ROOT.glob("sft/*.py")]
-    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text("utf-8")))]
-    said = [node.value for node in nodes if isinstance(node, ast.Constant)]
-    for message, *_ in tables(TEXTS["messages.md"])[0][1:]:
-        assert any(message.strip("`") in str(text) for text in said), message
-    assert all(path.name in TEXTS["CONTRIBUTING.md"] for path in sources if path.stem[0] != "_")
-
-
-def test_results_are_those_of_the_benchmarks():
-    text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
-    shown = tables(ENGLISH)[RESULTS][1:]
-    for (_, *cells), (section, number, column, *names) in zip(shown, SOURCES, strict=True):
-        head, *rows = tables(text.split(f"\n## {section}")[1])[number]
-        found = [row for name in names for row in rows if " ".join(row).startswith(name + " ")]
-        values = [row[head.index(column)].strip("*") for row in found]
-        assert re.findall(NUMBER, " ".join(cells)) == [x.split()[0] for x in values], section
-
-
-def test_figures_of_the_text():
-    weights = load_file(ROOT / "data" / "tiny-qwen2" / "model.safetensors").values()
-    assert f" {sum(weight.numel() for weight in weights):,} " in ENGLISH
-    weight = torch.tensor(0.02, dtype=torch.bfloat16)
-    assert f"steps of {float(torch.nextafter(weight, weight + 1) - weight):.5f}" in TEXTS["why.md"]
-    names = re.findall(r"`(\w+)`", ENGLISH.split("## Read it")[1].split("The machinery")[0])
-    found = re.findall(r"(?m)^ *(?:def|class) (\w+)", (ROOT / "sft_qwen2.py").read_text("utf-8"))
-    assert names == [name for name in found if name in names] != []
+@pytest.mark.parametrize(
+    "script, page",
+    [("benchmarks/boxes.py", "README.md"), ("docs/make_tables.py", "docs/choosing.md")],
+)
+def test_a_table_has_the_rows_that_its_command_prints(script, page):
+    command = [sys.executable, str(ROOT / script)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    text = Path(ROOT, page).read_text("utf-8")
+    head, _, *_ = output.splitlines()
+    table = text.split(head)[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 2
+    for line in table:
+        assert line in output
