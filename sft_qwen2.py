@@ -81,6 +81,7 @@ from sft.examples import (
 )
 from sft.export import rehearse_export
 from sft.host_memory import HostMemoryTrainer
+from sft.memory_model import LOSS_CHUNK_TOKENS
 from sft.model_files import (
     TEMPLATE_PROBES,
     add_default_system_prompt,
@@ -600,13 +601,10 @@ class Qwen2ForCausalLM(transformers.Qwen2ForCausalLM):
         return cross_entropy_sum(hidden, head, targets.to(head.device))
 
 
-LOSS_CHUNK = 1024  # positions whose logits exist at once
-
-
 def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
     """Return the summed cross entropy of logits hidden [N, C] @ head [V, C].T and targets [N].
 
-    Logits exist for LOSS_CHUNK positions at once, never as [N, V]. The sum is fp32.
+    Logits exist for LOSS_CHUNK_TOKENS positions at once, never as [N, V]. The sum is fp32.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -615,7 +613,7 @@ def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
         hidden = hidden.to(dtype)
         head = head.to(dtype)
     options = torch.nn.LinearCrossEntropyOptions(
-        batch_chunk_size=LOSS_CHUNK,
+        batch_chunk_size=LOSS_CHUNK_TOKENS,
         chunking_method=None,
         acc_policy="compact",
         acc_dtype=torch.float32,  # of the softmax
@@ -1180,7 +1178,8 @@ def run(args: SFTArguments) -> int:
         say(f"model      {export_checkpoint(Path(args.export))}")
         return 0
     training_args = make_training_arguments(args)
-    check_machine(training_args)
+    if args.gpus is None:
+        check_machine(training_args)
     check_output_dir(args)
     config = check_model(args, args.dry_run or training_args.device.type == "cuda")
     tokenizer = prepare_tokenizer(args)
