@@ -289,6 +289,16 @@ def test_the_histogram_counts_every_row_once(stats_of_data):
     assert {after - before for before, after in itertools.pairwise(edges)} == {edges[1] - edges[0]}
 
 
+def test_json_is_all_that_stdout_has(write_rows):
+    """The trainer's functions name the files that they do not read; that goes to stderr."""
+    folder = write_rows([GOOD]).parent
+    (folder / "other.jsonl").write_text(json.dumps(GOOD))
+    code, out, err = run("--data_path", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["files"]["train"]["num_examples"] == 1
+    assert "other.jsonl" in err
+
+
 def test_each_split_has_counts_of_its_own(write_rows):
     train = write_rows([GOOD])
     validation = write_rows([GOOD, {"query": "<|im_end|>", "answer": "a"}], "dev.jsonl")
@@ -307,7 +317,9 @@ def test_refused_rows_are_named_and_the_others_counted(write_rows):
     assert f"{path}:2: " in err
     assert f"{path}:4: " in err
     assert err.splitlines()[-1].startswith("error: 2 rows would be refused")
-    assert json.loads(out)["files"]["train"]["num_refused"] == 2
+    counts = json.loads(out)["files"]["train"]
+    assert counts["num_refused"] == 2
+    assert counts["num_examples"] == 2
 
 
 def test_refused_rows_are_left_out_where_the_trainer_skips_them(write_rows):
