@@ -1,26 +1,26 @@
 """One process, several GPUs: while one computes on a micro-batch, the next computes on another.
 
 The host tells a GPU what to compute and goes on before the GPU has done so. So one thread can keep
-all GPUs at work, if it tells them their work in turns. The layers are cut into parts. In each turn,
-each micro-batch moves on by one part. Three GPUs with a part each, and the micro-batches A to D, on
-their way forward (capital letters) and back:
+all GPUs at work, if it tells them their work in turns. In each turn, each micro-batch moves on by
+one GPU. Three GPUs, and the micro-batches A to D on their way forward (capital letters) and back:
 
-    GPU 0   A B C D . . . . . a b c d
-    GPU 1   . A B C D . . . a b c d .
-    GPU 2   . . A B C D * a b c d . .    * the loss of A; that of B is in the turn of a, and so on
+    GPU 0   A B C D . . . . a b c d
+    GPU 1   . A B C D . . a b c d .
+    GPU 2   . . A B C D a b c d . .    the loss is here, and is computed on the way back
 
 A copy between GPUs makes both wait until the other has done all it was told before (PyTorch's
 Copy.cu). So all inputs are on their GPUs before the first turn, and a turn begins with its copies.
 
-Between two parts the graph of autograd is cut. A part begins with a leaf, and the gradient of that
-leaf is what the part before begins with on its way back. Gradients of a parameter add up in the
-order of the micro-batches, as they do on one GPU. So they are the same bits, however many
-micro-batches are in flight. (A tied embedding gets two gradients from each micro-batch. Their order
-is another one, and so is their rounding.)
+The layers of a GPU are told in parts, and the graph of autograd is cut between parts. A part begins
+with a leaf, and the gradient of that leaf is what the part before begins with on its way back.
+Gradients of a parameter add up in the order of the micro-batches, as they do on one GPU. So they
+are the same bits, however many micro-batches are in flight. (A tied embedding gets two gradients
+from each micro-batch. Their order is another one, and so is their rounding.)
 
 Shapes: T tokens of a micro-batch, N trained tokens, E examples, C hidden size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ MAX_LAYERS_PER_PART = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Consecutive layers of one device. The first part begins with the embedding."""
+    """What a device is told at once: consecutive layers, or the loss."""
 
     device: torch.device
     layers: list[torch.nn.Module]
@@ -44,10 +44,10 @@ class MicroBatchInFlight:
 
     def __init__(self, inputs: dict):
         self.inputs = inputs  # as `place` returns them
-        # On the way forward the hidden states [1, T, C], on the way back their gradient.
+        # The hidden states [1, T, C] on the way forward, and their gradient on the way back.
         self.carried = None
-        # Of each part that has run forward: its input, and the end of its graph. The output itself
-        # is not kept, because the next part has a copy.
+        # Each part leaves its input, and the end of its graph. Its output is not kept, because the
+        # next part has a copy.
         self.leaves = []
         self.ends = []
         self.loss = None
@@ -75,13 +75,14 @@ class Pipeline:
         self.decoder = model.model
         self.autocast_dtype = autocast_dtype
         self.parts = make_parts(self.decoder, max_layers_per_part)
-        self.head_device = model.lm_head.weight.device
-        assert self.decoder.norm.weight.device == self.head_device, "norm and head are apart"
+        self.loss_part = Part(device=model.lm_head.weight.device, layers=[])
+        norm_device = self.decoder.norm.weight.device
+        assert norm_device == self.loss_part.device, "norm and head are on two devices"
 
     def autocast(self) -> torch.autocast:
         """Return the context of all forward passes. A backward pass must be outside."""
         return torch.autocast(
-            self.head_device.type,
+            self.loss_part.device.type,
             dtype=self.autocast_dtype,
             enabled=self.autocast_dtype is not None,
             # A cache would keep a copy of all weights for each micro-batch in flight.
@@ -96,22 +97,23 @@ class Pipeline:
         placed before the first one runs.
         """
         first_device = self.parts[0].device
+        head_device = self.loss_part.device
         position_ids = micro_batch["position_ids"].to(first_device)
-        # Of the weight, the rotary embedding takes the number format.
+        # The rotary embedding returns the number format of the weight.
         cos, sin = self.decoder.rotary_emb(self.decoder.embed_tokens.weight, position_ids)
         layer_inputs = {}
-        for part in self.parts:
-            layer_inputs[part.device] = {
+        for device in {part.device for part in self.parts}:
+            layer_inputs[device] = {
                 "attention_mask": None,
                 "use_cache": False,
-                "position_embeddings": (cos.to(part.device), sin.to(part.device)),
+                "position_embeddings": (cos.to(device), sin.to(device)),
                 "seq_lens": micro_batch["seq_lens"],
-                "cu_seq_lens": micro_batch["cu_seq_lens"].to(part.device),
+                "cu_seq_lens": micro_batch["cu_seq_lens"].to(device),
             }
         return {
             "input_ids": micro_batch["input_ids"].to(first_device),
-            "trained_positions": micro_batch["trained_positions"].to(self.head_device),
-            "targets": micro_batch["targets"].to(self.head_device),
+            "trained_positions": micro_batch["trained_positions"].to(head_device),
+            "targets": micro_batch["targets"].to(head_device),
             "seq_lens": micro_batch["seq_lens"],
             "layer_inputs": layer_inputs,
         }
@@ -140,16 +142,12 @@ class Pipeline:
 
     def run_forward(self, batches: list[MicroBatchInFlight]) -> None:
         """Take micro-batches through all layers, and keep what their way back needs."""
-        for turn in make_turns(len(batches), len(self.parts)):
-            for stop, number in turn:
-                batches[number].move_to(self.parts[stop].device)
-            for stop, number in turn:
-                batch = batches[number]
-                if stop > 0:
-                    batch.leaves.append(batch.carried.requires_grad_())
-                output = self.run_layers(self.parts[stop], batch)
-                batch.ends.append(get_gradient_edge(output))
-                batch.carried = output.detach()
+        for part, batch in take_turns(self.parts, batches):
+            if batch.carried is not None:
+                batch.leaves.append(batch.carried.requires_grad_())
+            output = self.run_layers(part, batch)
+            batch.ends.append(get_gradient_edge(output))
+            batch.carried = output.detach()
 
     def run_back(self, batches: list[MicroBatchInFlight], divisor: float, scaler) -> None:
         """Take micro-batches from their loss back through all layers, and add up gradients.
@@ -157,32 +155,20 @@ class Pipeline:
         The loss is computed here, and not on the way forward. So what a loss keeps for its way back
         exists for one micro-batch at a time.
         """
-        devices = [self.head_device]
-        for part in reversed(self.parts):
-            devices.append(part.device)
-        for turn in make_turns(len(batches), len(devices)):
-            for stop, number in turn:
-                batches[number].move_to(devices[stop])
-            for stop, number in turn:
-                if stop == 0:
-                    self.start_back(batches[number], divisor, scaler)
-                else:
-                    go_back_one_part(batches[number])
+        for part, batch in take_turns([self.loss_part, *reversed(self.parts)], batches):
+            if part is self.loss_part:
+                self.start_back(batch, divisor, scaler)
+            else:
+                go_back_one_part(batch)
 
     def run_to_loss(self, batches: list[MicroBatchInFlight], divisor: float) -> None:
         """Take micro-batches through all layers and to their loss, without gradients."""
-        devices = [part.device for part in self.parts]
-        devices.append(self.head_device)
-        for turn in make_turns(len(batches), len(devices)):
-            for stop, number in turn:
-                batches[number].move_to(devices[stop])
-            for stop, number in turn:
-                batch = batches[number]
-                if stop < len(self.parts):
-                    batch.carried = self.run_layers(self.parts[stop], batch)
-                else:
-                    batch.loss = self.compute_loss(batch, divisor)
-                    batch.carried = None
+        for part, batch in take_turns([*self.parts, self.loss_part], batches):
+            if part is self.loss_part:
+                batch.loss = self.compute_loss(batch, divisor)
+                batch.carried = None
+            else:
+                batch.carried = self.run_layers(part, batch)
 
     def run_layers(self, part: Part, batch: MicroBatchInFlight) -> torch.Tensor:
         """Return the hidden states [1, T, C] after a part's layers."""
@@ -196,9 +182,13 @@ class Pipeline:
 
     def compute_loss(self, batch: MicroBatchInFlight, divisor: float) -> torch.Tensor:
         """Return the summed loss / divisor of the hidden states after the last layer."""
+        inputs = batch.inputs
         hidden_states = self.decoder.norm(batch.carried)
-        trained_positions = batch.inputs["trained_positions"]
-        loss_sum = self.model.answer_loss(hidden_states, trained_positions, batch.inputs["targets"])
+        loss_sum = self.model.answer_loss(
+            hidden_states,
+            inputs["trained_positions"],
+            inputs["targets"],
+        )
         return loss_sum / divisor
 
     def start_back(self, batch: MicroBatchInFlight, divisor: float, scaler) -> None:
@@ -237,20 +227,47 @@ def make_parts(decoder, max_layers_per_part: int) -> list[Part]:
     return parts
 
 
-def make_turns(num_micro_batches: int, num_stops: int) -> list[list[tuple[int, int]]]:
-    """Return the (stop, number of a micro-batch) pairs of each turn.
+def take_turns(
+    parts: list[Part], batches: list[MicroBatchInFlight]
+) -> Iterator[tuple[Part, MicroBatchInFlight]]:
+    """Yield what the devices are to be told, in order; copy between devices as a turn begins."""
+    devices = [part.device for part in parts]
+    for turn in make_turns(devices, len(batches)):
+        for number, micro_batch in turn:
+            batches[micro_batch].move_to(devices[number])
+        for number, micro_batch in turn:
+            yield parts[number], batches[micro_batch]
 
-    In turn t, the micro-batch t - s is at stop s. Those that have come furthest are named first.
+
+def make_turns(devices: list, num_micro_batches: int) -> list[list[tuple[int, int]]]:
+    """Return the (number of a part, number of a micro-batch) pairs of each turn, in order.
+
+    `devices`: the device of each part. In a turn, a micro-batch goes through all parts that follow
+    each other on one device. No device is told a second part before each is told a first: where a
+    second part finds a full queue the host waits, and the other devices have work meanwhile.
     """
+    stages = list_stages(devices)
+    most_parts = max(len(parts) for parts in stages)
     turns = []
-    for turn in range(num_micro_batches + num_stops - 1):
+    for turn in range(num_micro_batches + len(stages) - 1):
         pairs = []
-        for stop in reversed(range(num_stops)):
-            number = turn - stop
-            if 0 <= number < num_micro_batches:
-                pairs.append((stop, number))
+        for place in range(most_parts):
+            for stage, parts in enumerate(stages):
+                micro_batch = turn - stage
+                if place < len(parts) and 0 <= micro_batch < num_micro_batches:
+                    pairs.append((parts[place], micro_batch))
         turns.append(pairs)
     return turns
+
+
+def list_stages(devices: list) -> list[list[int]]:
+    """Return the numbers of the parts that follow each other on one device."""
+    stages = []
+    for number, device in enumerate(devices):
+        if number == 0 or device != devices[number - 1]:
+            stages.append([])
+        stages[-1].append(number)
+    return stages
 
 
 def cut_windows(micro_batches: list[dict], max_tokens: int) -> list[list[dict]]:
