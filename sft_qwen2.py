@@ -365,6 +365,79 @@ def encode_texts(texts: list[str], tokenizer) -> dict[str, list[int]]:
     return {text: encoding.ids for text, encoding in zip(unique_texts, encodings)}
 
 
+# ---- Data: from files to examples ---------------------------------------------------------------
+def prepare_tokenizer(args: SFTArguments):
+    """Return the tokenizer, whose chat template has the trained system prompt as its default.
+
+    Raises UserError where the template renders a conversation otherwise than `encode` does: the
+    model would be trained on one format and served with another.
+    """
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    for messages in TEMPLATE_PROBES:
+        check_rendering(tokenizer, messages, encode(messages, tokenizer)["input_ids"])
+    add_default_system_prompt(tokenizer, args.system_prompt)
+    return tokenizer
+
+
+def encode_records(batch: dict, tokenizer, system_prompt: str, train_on: str) -> dict[str, list]:
+    """Return the columns of encoded records: input_ids, labels, and why a record is refused."""
+    conversations, columns = parse_records(batch, system_prompt, train_on)
+    encodings = encode_batch(conversations, tokenizer)
+    columns.update(count_tokens(conversations, encodings, tokenizer.backend_tokenizer))
+    return columns
+
+
+def encode_files(paths: list[Path], tokenizer, args: SFTArguments) -> datasets.Dataset:
+    """Return the encoded records of all files. They are encoded once, and then kept on disk."""
+    settings = {"system_prompt": args.system_prompt, "train_on": args.train_on}
+    cache = EncodingCache(paths, tokenizer.backend_tokenizer, settings, encode_files)
+    with cache.lock():
+        if not cache.is_complete:
+            records = read_records(paths, cache.folder)
+            records.map(
+                encode_records,
+                batched=True,
+                fn_kwargs={"tokenizer": tokenizer, **settings},
+                remove_columns=["text"],
+                features=ENCODED_FEATURES,
+                num_proc=cache.num_proc,
+                cache_file_name=cache.file_name,
+                desc="encoding",
+            )
+            cache.complete()
+    return cache.load()
+
+
+def load_examples(args: SFTArguments, tokenizer) -> dict[str, Examples]:
+    """Return the examples to train on, and those to evaluate on. Print what became of all rows.
+
+    The examples are cut to max_len here, once. Raises UserError for rows that are refused.
+    """
+    examples = {}
+    for split, paths in find_data_files(args.data_path).items():
+        encoded = encode_files(paths, tokenizer, args)
+        examples[split] = select_examples(
+            encoded, paths, args.max_len, args.overflow_strategy, args.skip_bad_rows
+        )
+    if args.validation_split > 0:
+        if "validation" in examples:
+            raise UserError("--validation_split: there is a validation file; choose one of them")
+        train, validation = split_examples(examples["train"], args.validation_split, args.seed)
+        examples = {"train": train, "validation": validation}
+    if args.eval_strategy != "no" and "validation" not in examples:
+        raise UserError(
+            "--eval_strategy needs validation rows: a file named validation.jsonl beside "
+            "train.jsonl, or --validation_split 0.02"
+        )
+    for split, chosen in examples.items():
+        print_counts(split, chosen.counts)
+    if "validation" in examples:
+        warn_of_shared_rows(examples["train"], examples["validation"])
+    shortest = examples["train"][int(examples["train"].lengths.argmin())]
+    print(f"example    {mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
+    return examples
+
+
 # ---- Micro-batches: the examples of an optimizer step, without padding --------------------------
 class StepSampler(torch.utils.data.Sampler):
     """The example numbers of each optimizer step, in an order of the seed and the epoch."""
@@ -900,79 +973,6 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
 def without_first_step(lr_factor):
     """Return the schedule lr_factor(step) from its second step on."""
     return lambda step: lr_factor(step + 1)
-
-
-# ---- Data: from files to examples ---------------------------------------------------------------
-def prepare_tokenizer(args: SFTArguments):
-    """Return the tokenizer, whose chat template has the trained system prompt as its default.
-
-    Raises UserError where the template renders a conversation otherwise than `encode` does: the
-    model would be trained on one format and served with another.
-    """
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    for messages in TEMPLATE_PROBES:
-        check_rendering(tokenizer, messages, encode(messages, tokenizer)["input_ids"])
-    add_default_system_prompt(tokenizer, args.system_prompt)
-    return tokenizer
-
-
-def encode_records(batch: dict, tokenizer, system_prompt: str, train_on: str) -> dict[str, list]:
-    """Return the columns of encoded records: input_ids, labels, and why a record is refused."""
-    conversations, columns = parse_records(batch, system_prompt, train_on)
-    encodings = encode_batch(conversations, tokenizer)
-    columns.update(count_tokens(conversations, encodings, tokenizer.backend_tokenizer))
-    return columns
-
-
-def encode_files(paths: list[Path], tokenizer, args: SFTArguments) -> datasets.Dataset:
-    """Return the encoded records of all files. They are encoded once, and then kept on disk."""
-    settings = {"system_prompt": args.system_prompt, "train_on": args.train_on}
-    cache = EncodingCache(paths, tokenizer.backend_tokenizer, settings, encode_files)
-    with cache.lock():
-        if not cache.is_complete:
-            records = read_records(paths, cache.folder)
-            records.map(
-                encode_records,
-                batched=True,
-                fn_kwargs={"tokenizer": tokenizer, **settings},
-                remove_columns=["text"],
-                features=ENCODED_FEATURES,
-                num_proc=cache.num_proc,
-                cache_file_name=cache.file_name,
-                desc="encoding",
-            )
-            cache.complete()
-    return cache.load()
-
-
-def load_examples(args: SFTArguments, tokenizer) -> dict[str, Examples]:
-    """Return the examples to train on, and those to evaluate on. Print what became of all rows.
-
-    The examples are cut to max_len here, once. Raises UserError for rows that are refused.
-    """
-    examples = {}
-    for split, paths in find_data_files(args.data_path).items():
-        encoded = encode_files(paths, tokenizer, args)
-        examples[split] = select_examples(
-            encoded, paths, args.max_len, args.overflow_strategy, args.skip_bad_rows
-        )
-    if args.validation_split > 0:
-        if "validation" in examples:
-            raise UserError("--validation_split: there is a validation file; choose one of them")
-        train, validation = split_examples(examples["train"], args.validation_split, args.seed)
-        examples = {"train": train, "validation": validation}
-    if args.eval_strategy != "no" and "validation" not in examples:
-        raise UserError(
-            "--eval_strategy needs validation rows: a file named validation.jsonl beside "
-            "train.jsonl, or --validation_split 0.02"
-        )
-    for split, chosen in examples.items():
-        print_counts(split, chosen.counts)
-    if "validation" in examples:
-        warn_of_shared_rows(examples["train"], examples["validation"])
-    shortest = examples["train"][int(examples["train"].lengths.argmin())]
-    print(f"example    {mark_trained_tokens(shortest, tokenizer, sys.stdout.isatty())}", flush=True)
-    return examples
 
 
 # ---- The run ------------------------------------------------------------------------------------
