@@ -1,29 +1,27 @@
-"""Training throughput on the CPU: this trainer beside the usual ways, on the same rows and weights.
+"""Training throughput on the CPU: this trainer beside the usual ways, on the same examples.
 
     pip install trl==1.16.0
     python benchmarks/throughput.py --data FILE.jsonl [--steps 4] [--rows_per_step 64] [--rounds 3]
-    python benchmarks/throughput.py --synthetic long [--steps 1] [--rows_per_step 2] [--rounds 1]
+    python benchmarks/throughput.py --synthetic [--steps 1] [--rows_per_step 2] [--rounds 1]
 
 Every contender loads the same small Qwen2 (random weights of a fixed seed, fp32) and takes the same
-rows in the same order, `rows_per_step` to an optimizer step, with AdamW and gradient checkpointing
-switched on, without logging and saving. (This trainer leaves checkpointing out where it plans that
-memory suffices; the column "layer passes" shows what ran: 2.00 where each layer's forward pass is
-repeated for the backward pass.) A contender runs one step to warm up and `steps` that are timed;
-the rounds take the contenders in turn, and the table shows medians. Rows are encoded once, for all:
-what a tokenizer costs is not measured.
+examples in the same order, `rows_per_step` to an optimizer step, with AdamW and gradient
+checkpointing switched on, without logging and saving. This trainer leaves checkpointing out where
+its plan says that memory suffices. "Layer passes" shows what ran: 2.00 where each layer's forward
+pass is repeated for the backward pass. One step warms up, and `steps` are timed. Rounds take the
+contenders in turn, and the table shows medians. Encoding is not timed. Without TRL its contenders
+are left out.
 
 Each run is a fresh process. Its peak memory is the most that the process ever held resident (the
-kernel's VmHWM): about 0.5 GiB of it are Python and the imported libraries, the same for all, the
-rest weights, gradients, AdamW state and activations, and what the allocator did not give back.
+kernel's VmHWM). About 0.5 GiB of it are Python and the imported libraries.
 
-The loss of the first step, the mean over all its trained tokens, must be the same to 1e-3, and so
-must the number of tokens trained: a contender that does other work is marked VOID (exit code 1).
+The loss of the first step must be the same to 1e-3, and so must the number of trained tokens. A
+contender that does other work is marked VOID, and the exit code is 1.
 """
 
 import argparse
-import functools
 import importlib.metadata
-import logging
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -34,95 +32,147 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "harness")]
+
+# ruff: noqa: E402
 import datasets
 import numpy as np
+import runs
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import sft_qwen2
-from sft import arguments, memory_plan
-from sft.callbacks import StopOnSignal
-from sft.encoded_rows import IGNORE_INDEX, encode_files, fit_rows
-from sft.memory_plan import GIB
+from sft.command_line import parse
+from sft.console import quiet_libraries
+from sft.examples import IGNORE_INDEX, select_examples
+from sft.model_files import load_tokenizer
+from sft.plan import Plan, check_plan, plan_run
+from sft.throughput import GIB
 
-ROWS_PER_FORWARD = {"data": 4, "long": 2}  # per_device_train_batch_size of all contenders
-DEFAULTS = {  # long rows take minutes a step: one round of them is 10 minutes on two cores
-    "data": {"steps": 4, "rows_per_step": 64, "rounds": 3},
-    "long": {"steps": 1, "rows_per_step": 2, "rounds": 1},
+MAX_LEN = 8192
+SEED = 0
+TOLERANCE = 1e-3
+SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 9,
+    "intermediate_size": 960,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
 }
-MAX_LEN, SEED, TOLERANCE = 8192, 0, 1e-3
-FP32 = memory_plan.choose_precision(None, False)
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Task:
     """What all contenders are given."""
 
     folder: str  # with the weights; also for what a trainer insists on writing
     tokenizer: transformers.PreTrainedTokenizerBase
-    table: datasets.Dataset  # the rows, for this trainer's own loader to shuffle
-    rows: list[dict]  # the same as lists in that loader's order, for the others
-    longest: int  # tokens to pad to: of the longest row of the set that these rows are taken from
-    options: dict  # the TrainingArguments of all
+    examples: list[dict]
+    longest: int  # tokens to pad to: of the longest example of the data
+    options: dict  # Trainer's arguments of all
+
+    @property
+    def examples_per_step(self) -> int:
+        return (
+            self.options["per_device_train_batch_size"]
+            * self.options["gradient_accumulation_steps"]
+        )
 
 
-class Boundary(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
     """What was done from the start of training to the end of a step."""
 
     loss: float  # sum of the steps' losses
     clock_s: float
-    trained: int  # tokens
-    computed: int  # tokens that entered the model, padding included
+    trained_tokens: int
+    computed_tokens: int  # tokens that entered the model, padding included
     layer_tokens: int  # tokens that entered the first layer's MLP, in whichever pass
 
 
-class Result(NamedTuple):
-    loss: float  # of the first step
-    seconds: float  # of the timed steps
-    trained: int  # tokens, in the timed steps
-    computed: int  # the same, of all tokens, padding included
-    layer_passes: float  # forward passes of the layers over them: 2 with gradient checkpointing
-    peak: int  # bytes
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The first step's loss, and what the timed steps took."""
+
+    first_step_loss: float
+    duration_s: float
+    trained_tokens: int
+    computed_tokens: int
+    layer_passes: float
+    peak_bytes: int
 
 
 class Clock(transformers.TrainerCallback):
     """Times steps from boundary to boundary, and counts what enters the model and its layers."""
 
     def __init__(self, trainer):
-        self.boundaries, self.on_gpu = [], trainer.args.device.type == "cuda"
-        self.loss, self.trained, self.computed, self.layer_tokens = 0.0, 0, 0, 0
-        self.training_step, trainer.training_step = trainer.training_step, self.watch_step
+        self.is_on_gpu = trainer.args.device.type == "cuda"
+        self.boundaries = []
+        self.loss = 0.0
+        self.trained_tokens = 0
+        self.computed_tokens = 0
+        self.layer_tokens = 0
+        self.training_step = trainer.training_step
+        trainer.training_step = self.watch_step
         trainer.model.register_forward_pre_hook(self.count, with_kwargs=True)
-        # Checkpointing repeats what is inside a layer; a hook on the layer itself sees it once.
+        # Checkpointing repeats what is inside a layer. A hook on the layer itself sees it once.
         trainer.model.model.layers[0].mlp.register_forward_pre_hook(self.count_layer)
-        for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(self)
 
     def watch_step(self, *args, **kwargs):
         loss = self.training_step(*args, **kwargs)
-        self.loss = self.loss + loss  # each part is already divided by the step's trained tokens
+        self.loss = self.loss + loss  # already divided by the step's trained tokens
         return loss
 
     def count(self, model, args, kwargs) -> None:
-        labels = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"][:, 1:]
-        self.trained = self.trained + (labels != IGNORE_INDEX).sum()  # a GPU is not waited for
-        self.computed += kwargs["input_ids"].numel()
+        self.computed_tokens += kwargs["input_ids"].numel()
+        if "targets" in kwargs:
+            self.trained_tokens += kwargs["targets"].numel()
+            return
+        labels = kwargs["labels"][:, 1:]
+        if "shift_labels" in kwargs:
+            labels = kwargs["shift_labels"]
+        # A GPU is not waited for.
+        self.trained_tokens = self.trained_tokens + (labels != IGNORE_INDEX).sum()
 
     def count_layer(self, mlp, args) -> None:
         self.layer_tokens += args[0].shape[:2].numel()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        if self.on_gpu:
+        if self.is_on_gpu:
             torch.cuda.synchronize()
-        counts = (int(self.trained), self.computed, self.layer_tokens)
-        self.boundaries.append(Boundary(float(self.loss), time.perf_counter(), *counts))
+        boundary = Boundary(
+            loss=float(self.loss),
+            clock_s=time.perf_counter(),
+            trained_tokens=int(self.trained_tokens),
+            computed_tokens=self.computed_tokens,
+            layer_tokens=self.layer_tokens,
+        )
+        self.boundaries.append(boundary)
+
+    def result(self) -> Result:
+        """Return the figures of the steps after the first."""
+        first = self.boundaries[0]
+        last = self.boundaries[-1]
+        computed_tokens = last.computed_tokens - first.computed_tokens
+        return Result(
+            first_step_loss=first.loss,
+            duration_s=last.clock_s - first.clock_s,
+            trained_tokens=last.trained_tokens - first.trained_tokens,
+            computed_tokens=computed_tokens,
+            layer_passes=(last.layer_tokens - first.layer_tokens) / computed_tokens,
+            peak_bytes=measure_peak_resident(),
+        )
 
 
-def peak_resident() -> int:
+def measure_peak_resident() -> int:
     """Return the most bytes that this process ever held in memory (Linux).
 
     getrusage's ru_maxrss is no use: a process inherits it from the one that started it.
@@ -134,75 +184,124 @@ def peak_resident() -> int:
 def time_steps(trainer) -> Result:
     clock = Clock(trainer)
     trainer.train()
-    first, last = clock.boundaries[0], clock.boundaries[-1]
-    _, seconds, trained, computed, layer_tokens = (b - a for a, b in zip(first, last))
-    passes = layer_tokens / computed
-    return Result(first.loss, seconds, trained, computed, passes, peak_resident())
+    return clock.result()
 
 
 # ---- The contenders -----------------------------------------------------------------------------
-def load_plain_model(task: Task):
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    return transformers.Qwen2ForCausalLM.from_pretrained(task.folder, **options)
+def list_in_order(examples: list[dict], examples_per_step: int) -> list[dict]:
+    """Return the examples as lists, in the order in which this trainer takes them."""
+    ordered = []
+    for step in sft_qwen2.StepSampler(len(examples), examples_per_step, SEED):
+        for index in step:
+            example = examples[index]
+            ordered.append(
+                {
+                    "input_ids": example["input_ids"].tolist(),
+                    "labels": example["labels"].tolist(),
+                }
+            )
+    return ordered
+
+
+def list_lengths(examples: list[dict]) -> np.ndarray:
+    return np.array([len(example["input_ids"]) for example in examples])
+
+
+def options_of_others(options: dict) -> dict:
+    """Return the options for Trainers that do not come from this script."""
+    return {
+        **options,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+
+
+def load_plain_model(folder: str):
+    return transformers.Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
 
 
 def run_plain(task: Task, padding: str) -> Result:
     """Run transformers.Trainer as it is, with padded batches."""
-    args = transformers.TrainingArguments(**task.options, train_sampling_strategy="sequential")
-    options = {"padding": padding, "max_length": task.longest}
-    collator = transformers.DataCollatorForSeq2Seq(task.tokenizer, **options)
-    options = {"train_dataset": task.rows, "data_collator": collator}
-    return time_steps(transformers.Trainer(load_plain_model(task), args, **options))
-
-
-def run_trl(task: Task, padding_free: bool) -> Result:
-    """Run trl.SFTTrainer on encoded rows, with its loss on completions only.
-
-    Its packing is no contender: it puts other rows into a step. Padding-free is packing's forward.
-    """
-    import trl
-
-    ids, labels = ([row[key] for row in task.rows] for key in ("input_ids", "labels"))
-    masks = [[int(label != IGNORE_INDEX) for label in row] for row in labels]
-    dataset = datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
-    options = {"bf16": False, "max_length": None, "completion_only_loss": True}
-    options["train_sampling_strategy"] = "sequential"
-    args = trl.SFTConfig(**task.options, **options, packing=False, padding_free=padding_free)
-    options = {"train_dataset": dataset, "processing_class": task.tokenizer}
-    trainer = trl.SFTTrainer(load_plain_model(task), args, **options)
-    assert trainer.train_dataset["labels"][:] == labels, "TRL would train other tokens"
+    collator = transformers.DataCollatorForSeq2Seq(
+        task.tokenizer, padding=padding, max_length=task.longest
+    )
+    trainer = transformers.Trainer(
+        load_plain_model(task.folder),
+        transformers.TrainingArguments(**options_of_others(task.options)),
+        train_dataset=list_in_order(task.examples, task.examples_per_step),
+        data_collator=collator,
+    )
     return time_steps(trainer)
 
 
-def own_arguments(flags: dict) -> tuple:
-    """Return the (ScriptArguments, TrainingArguments) of this trainer's command line."""
-    argv = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-    return arguments.parse_arguments(argv, sft_qwen2.ScriptArguments, sft_qwen2.TRAINING_DEFAULTS)
+def make_trl_trainer(model, tokenizer, examples: list[dict], options: dict):
+    """Return trl.SFTTrainer for encoded examples in their order, its loss on completions only."""
+    import trl
+
+    columns = {"input_ids": [], "completion_mask": []}
+    for example in examples:
+        mask = [int(label != IGNORE_INDEX) for label in example["labels"]]
+        columns["input_ids"].append(example["input_ids"])
+        columns["completion_mask"].append(mask)
+    options = {**options, "max_length": None, "completion_only_loss": True, "packing": False}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(**options),
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=tokenizer,
+    )
+    labels = [example["labels"] for example in examples]
+    assert trainer.train_dataset["labels"][:] == labels, "TRL would train other tokens"
+    return trainer
 
 
-def make_plan(config, args, training_args, precision, longest: int) -> memory_plan.Plan:
-    """Return the script's own plan of micro-batches."""
-    capacities, _ = memory_plan.find_devices(args.gpus, training_args)
-    job = memory_plan.Job(config, precision, capacities, 1)
-    return memory_plan.plan_memory(job, args, training_args, longest)
+def run_trl(task: Task, padding_free: bool) -> Result:
+    """Run TRL. Its packing is no contender, because it puts other examples into a step."""
+    options = {**options_of_others(task.options), "bf16": False, "padding_free": padding_free}
+    examples = list_in_order(task.examples, task.examples_per_step)
+    model = load_plain_model(task.folder)
+    return time_steps(make_trl_trainer(model, task.tokenizer, examples, options))
 
 
-def make_own_trainer(task: Task):
-    """Return this trainer with its defaults."""
-    args = own_arguments({**task.options, "model_name_or_path": task.folder})
-    model = sft_qwen2.load_model(task.folder, FP32.weights)
-    plan = make_plan(model.config, *args, FP32, task.longest)
-    rows = {"train": task.table}
-    return sft_qwen2.build_trainer(model, task.tokenizer, *args, rows, FP32, plan, StopOnSignal())
+def make_own_trainer(
+    config, tokenizer, examples: list[dict], flags: dict
+) -> tuple[sft_qwen2.SFTTrainer, Plan]:
+    """Return the script's trainer for a command line, and its plan."""
+    args = parse(runs.argv(**flags), sft_qwen2.SFTArguments)
+    training_args = sft_qwen2.make_training_arguments(args)
+    num_trained_tokens = sft_qwen2.count_trained_tokens(examples)
+    lengths = list_lengths(examples)
+    plan = plan_run(config, args, training_args, lengths, num_trained_tokens)
+    check_plan(plan)
+    split = {"train": examples}
+    return sft_qwen2.make_trainer(args, training_args, plan, tokenizer, split, False), plan
+
+
+def run_own(task: Task) -> Result:
+    """Run this trainer with its defaults."""
+    config = transformers.Qwen2Config.from_pretrained(task.folder)
+    flags = {**task.options, "model_name_or_path": task.folder}
+    trainer, _ = make_own_trainer(config, task.tokenizer, task.examples, flags)
+    return time_steps(trainer)
 
 
 CONTENDERS = {
-    "padded to longest": functools.partial(run_plain, padding="max_length"),
-    "dynamic padding": functools.partial(run_plain, padding="longest"),
-    "TRL": functools.partial(run_trl, padding_free=False),
-    "TRL, padding-free": functools.partial(run_trl, padding_free=True),
-    "this trainer": lambda task: time_steps(make_own_trainer(task)),
+    "padded to longest": lambda task: run_plain(task, "max_length"),
+    "dynamic padding": lambda task: run_plain(task, "longest"),
+    "TRL": lambda task: run_trl(task, False),
+    "TRL, padding-free": lambda task: run_trl(task, True),
+    "this trainer": run_own,
 }
+
+
+def list_contenders() -> list[str]:
+    """Return the names of those whose packages are installed."""
+    if importlib.util.find_spec("trl"):
+        return list(CONTENDERS)
+    return [name for name in CONTENDERS if not name.startswith("TRL")]
 
 
 def run_contender(name: str, task: Task) -> Result:
@@ -211,45 +310,54 @@ def run_contender(name: str, task: Task) -> Result:
 
 
 def run_in_own_process(name: str, task: Task) -> Result:
-    """Run a contender where none ran before it: its peak memory is its own, its start cold."""
+    """Run a contender where none ran before: its peak memory is its own."""
     fresh = multiprocessing.get_context("spawn")  # a fork would begin with this process's memory
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as pool:
         return pool.submit(run_contender, name, task).result()
 
 
-# ---- Rows, model, machine -----------------------------------------------------------------------
-class RowSet(NamedTuple):
-    """Rows of random tokens: their lengths rise from shortest to longest, few of them long."""
+# ---- Examples, model, machine -------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class RandomExamples:
+    """Examples of random tokens: their lengths rise from shortest to longest, few are long."""
 
     number: int
     shortest: int  # tokens
     longest: int
-    skew: float  # 1: as many long rows as short ones
-    answers: float  # share of a row's tokens that are trained, at its end
+    skew: float  # 1: as many long examples as short ones
+    trained_share: float  # of an example's tokens, at its end
+
+    def make(self, vocab_size: int) -> list[dict]:
+        random = np.random.default_rng(SEED)
+        examples = []
+        for share in np.linspace(0, 1, self.number) ** self.skew:
+            length = round(self.shortest + share * (self.longest - self.shortest))
+            input_ids = random.integers(0, vocab_size, length).astype(np.int32)
+            labels = input_ids.astype(np.int64)
+            labels[: round(length * (1 - self.trained_share))] = IGNORE_INDEX
+            source = f"random:{len(examples) + 1}"
+            examples.append({"input_ids": input_ids, "labels": labels, "source": source})
+        return examples
 
 
-LONG = RowSet(256, 4113, 8001, skew=3.32, answers=1 / 2)  # a mean of 5,017 tokens
+LONG = RandomExamples(number=256, shortest=4113, longest=8001, skew=3.32, trained_share=1 / 2)
 
 
-def make_rows(rows: RowSet, vocab_size: int) -> datasets.Dataset:
-    """Return the rows as sft_qwen2.fit_rows does."""
-    rng = np.random.default_rng(SEED)
-    spread = (rows.longest - rows.shortest) * np.linspace(0, 1, rows.number) ** rows.skew
-    lengths = (rows.shortest + spread).round().astype(int)
-    ids = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
-    starts = (lengths - lengths * rows.answers).astype(int)
-    labels = [[IGNORE_INDEX] * start + row[start:] for start, row in zip(starts, ids)]
-    columns = {"input_ids": ids, "labels": labels, "num_tokens": lengths.tolist()}
-    columns["line"] = list(range(1, rows.number + 1))
-    return datasets.Dataset.from_dict(columns).with_format("numpy")
+def draw(examples, number: int) -> list[dict]:
+    """Return so many examples, drawn at random. Few examples are taken more than once."""
+    order = np.random.default_rng(SEED).permutation(len(examples))
+    return [examples[int(index)] for index in np.resize(order, number)]
 
 
-def save_model(tokenizer, folder: str) -> transformers.Qwen2Config:
-    """Save a small Qwen2 with random weights and the tokenizer; return its config."""
-    sizes = {"hidden_size": 256, "num_hidden_layers": 9, "intermediate_size": 960}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = transformers.Qwen2Config(**sizes, **tokens, bos_token_id=None)  # head not tied
+def save_model(tokenizer, folder: str, sizes: dict) -> transformers.Qwen2Config:
+    """Save a Qwen2 with random weights, head and embedding apart, and the tokenizer."""
+    config = transformers.Qwen2Config(
+        **sizes,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     torch.manual_seed(SEED)
     model = transformers.Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
@@ -258,152 +366,200 @@ def save_model(tokenizer, folder: str) -> transformers.Qwen2Config:
     return config
 
 
+def read_examples(path: Path, tokenizer):
+    """Return the examples of a data file, as the trainer selects them."""
+    args = SimpleNamespace(system_prompt="You are a helpful assistant.", train_on="all")
+    encoded = sft_qwen2.encode_files([path], tokenizer, args)
+    return select_examples(encoded, [path], MAX_LEN, "truncate", False)
+
+
 def make_task(args, folder: str, tokenizer) -> Task:
+    longest = MAX_LEN
+    examples_at_once = 2
     if args.data:
-        how = ("You are a helpful assistant.", sft_qwen2.encode_batch, sft_qwen2.__file__)
-        encoded = encode_files([args.data], tokenizer, *how)
-        table, _ = fit_rows(encoded, MAX_LEN, "truncate")
+        examples = read_examples(args.data, tokenizer)
+        longest = int(examples.lengths.max())
+        examples_at_once = 4
     else:
-        table = make_rows(LONG, len(tokenizer))
-    lengths = table["num_tokens"][:].clip(max=MAX_LEN)
-    wanted = (args.steps + 1) * args.rows_per_step  # a small set is taken more than once
-    sample = np.resize(np.random.default_rng(SEED).permutation(len(table)), wanted)
+        examples = LONG.make(len(tokenizer))
+    chosen = draw(examples, (args.steps + 1) * args.rows_per_step)
+    lengths = list_lengths(chosen)
     print(
-        f"rows       {wanted:,} of {args.data or 'random tokens'}: {len(table):,} rows of "
-        f"{lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}"
+        f"examples   {len(chosen):,} of {len(examples):,}: {lengths.min():,} to "
+        f"{lengths.max():,} tokens, mean {lengths.mean():,.0f}"
     )
-    options = {"output_dir": folder, "max_steps": args.steps + 1, "seed": SEED, "use_cpu": True}
-    options |= {"per_device_train_batch_size": args.rows_per_forward}
-    options |= {"gradient_accumulation_steps": args.rows_per_step // args.rows_per_forward}
-    options |= {"gradient_checkpointing": True}
-    options |= {"optim": "adamw_torch_fused", "learning_rate": 1e-5, "dataloader_pin_memory": False}
-    options |= {"logging_strategy": "no"}
-    options |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    longest = int(lengths.max()) if args.data else MAX_LEN
-    task = Task(folder, tokenizer, table.select(sample), [], longest, options)
-    for step in make_own_trainer(task).get_train_dataloader():
-        for row in step:
-            task.rows.append({key: row[key][:MAX_LEN].tolist() for key in ("input_ids", "labels")})
-    return task
+    options = {
+        "output_dir": folder,
+        "max_steps": args.steps + 1,
+        "seed": SEED,
+        "use_cpu": True,
+        "per_device_train_batch_size": examples_at_once,
+        "gradient_accumulation_steps": args.rows_per_step // examples_at_once,
+        "gradient_checkpointing": True,
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-5,
+        "logging_steps": args.steps + 2,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    return Task(
+        folder=folder, tokenizer=tokenizer, examples=chosen, longest=longest, options=options
+    )
 
 
-def matmul_rate() -> float:
+def measure_matmul_flops() -> float:
     """Return FLOPs per second of fp32 matrix products: the median of several, of three sizes."""
     rates = []
     for size in (1024, 1536, 2048) * 5:
-        a, b = torch.rand(size, size), torch.rand(size, size)
+        a = torch.rand(size, size)
+        b = torch.rand(size, size)
         start = time.perf_counter()
         a @ b
         rates.append(2 * size**3 / (time.perf_counter() - start))
     return statistics.median(rates[3:])  # the first of each size warm up
 
 
-def matrix_flops(config, rows: list[dict], layer_passes: float) -> float:
-    """Return the FLOPs of all matrix products that training on these rows without padding takes.
+def count_matrix_flops(config, examples: list[dict], layer_passes: float) -> float:
+    """Return the FLOPs of all matrix products that training without padding takes.
 
     A product of [m, k] and [k, n] is 2mkn FLOPs. Forward, a layer takes 2 for each weight of its
-    matrices and each token, and in attention 2 x hidden for each pair of a query and a key it sees
-    (scores) and as many again (values); T tokens have T (T + 1) / 2 such pairs. Backward takes
-    twice as much. What checkpointing repeats is work done, and counted: the forward passes of a
-    layer but the first, each without the MLP's last product, whose result no gradient needs. The
-    head takes 2 x hidden x vocabulary for each trained token, and twice that backward. Norms,
-    rotary, softmax, activation functions and the optimizer are not counted, nor is what
-    FlashAttention's backward repeats.
+    matrices and each token. Attention takes 2 x hidden for each pair of a query and a key it sees
+    (scores), and as many again (values). T tokens have T (T + 1) / 2 such pairs. Backward takes
+    twice as much. What checkpointing repeats is counted: a layer's forward pass without the MLP's
+    last product, whose result no gradient needs. The head takes 2 x hidden x vocabulary for each
+    trained token, and twice that backward. Other operations are not counted.
     """
-    hidden, wide = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    weights = hidden * (2 * hidden + 2 * kv + 3 * wide)
-    tokens = np.array([len(row["input_ids"]) for row in rows], dtype=float)
-    trained = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
-    layer = 2 * weights * tokens.sum() + 4 * hidden * (tokens * (tokens + 1) / 2).sum()
-    repeated = layer - 2 * hidden * wide * tokens.sum()
+    hidden = config.hidden_size
+    intermediate = config.intermediate_size
+    key_values = hidden // config.num_attention_heads * config.num_key_value_heads
+    weights = hidden * (2 * hidden + 2 * key_values + 3 * intermediate)
+    lengths = list_lengths(examples).astype(float)
+    pairs = (lengths * (lengths + 1) / 2).sum()
+    layer = 2 * weights * lengths.sum() + 4 * hidden * pairs
+    repeated = layer - 2 * hidden * intermediate * lengths.sum()
     layers = config.num_hidden_layers * (3 * layer + (layer_passes - 1) * repeated)
-    return layers + 3 * 2 * hidden * config.vocab_size * trained
+    num_trained_tokens = sft_qwen2.count_trained_tokens(examples)
+    return layers + 3 * 2 * hidden * config.vocab_size * num_trained_tokens
 
 
 # ---- The run ------------------------------------------------------------------------------------
-def print_table(rows: list[dict], steps: int, results: dict[str, list[Result]]) -> bool:
-    """Print a line for each contender over the timed rows; return whether all did the same work."""
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    trained = sum(x != IGNORE_INDEX for row in rows for x in row["labels"])
-    seconds = {name: statistics.median(run.seconds for run in results[name]) for name in results}
-    loss = statistics.median(runs[0].loss for runs in results.values())
-    columns = ("contender", "s/step", "useful tokens/s", "trained tokens/s", "padding")
-    columns += ("x padded to longest", "x TRL", "peak GiB", "layer passes", "first-step loss")
-    print("\n| " + " | ".join(columns) + " |\n|---" + "|--:" * (len(columns) - 1) + "|")
-    void = set()
-    for name, runs in results.items():
-        if any(r.trained != trained or not abs(r.loss / loss - 1) <= TOLERANCE for r in runs):
-            void.add(name)
+COLUMNS = (
+    "contender",
+    "s/step",
+    "useful tokens/s",
+    "trained tokens/s",
+    "padding",
+    "x padded to longest",
+    "x TRL",
+    "peak GiB",
+    "layer passes",
+    "first-step loss",
+)
+
+
+def is_same_work(result: Result, trained_tokens: int, loss: float) -> bool:
+    is_close = abs(result.first_step_loss / loss - 1) <= TOLERANCE
+    return is_close and result.trained_tokens == trained_tokens
+
+
+def times_faster(seconds: dict[str, float], other: str, name: str) -> str:
+    if other not in seconds:
+        return ""
+    return f"{seconds[other] / seconds[name]:.2f}"
+
+
+def print_table(examples: list[dict], steps: int, results: dict[str, list[Result]]) -> bool:
+    """Print a line for each contender over the timed examples. Return whether all did the same."""
+    num_tokens = int(list_lengths(examples).sum())
+    num_trained_tokens = sft_qwen2.count_trained_tokens(examples)
+    seconds = {}
+    for name, found in results.items():
+        seconds[name] = statistics.median(result.duration_s for result in found)
+    loss = statistics.median(found[0].first_step_loss for found in results.values())
+    print("\n| " + " | ".join(COLUMNS) + " |\n|---" + "|--:" * (len(COLUMNS) - 1) + "|")
+    all_are_same = True
+    for name, found in results.items():
+        title = name
+        if not all(is_same_work(result, num_trained_tokens, loss) for result in found):
+            title = f"VOID {name}"
+            all_are_same = False
         cells = (
-            "VOID " * (name in void) + name,
+            title,
             f"{seconds[name] / steps:.2f}",
-            f"{tokens / seconds[name]:,.0f}",
-            f"{trained / seconds[name]:,.0f}",
-            f"{1 - tokens / runs[0].computed:.0%}",
-            f"{seconds['padded to longest'] / seconds[name]:.2f}",
-            f"{seconds['TRL'] / seconds[name]:.2f}",
-            f"{statistics.median(run.peak for run in runs) / GIB:.2f}",
-            f"{runs[0].layer_passes:.2f}",
-            f"{runs[0].loss:.5f}",
+            f"{num_tokens / seconds[name]:,.0f}",
+            f"{num_trained_tokens / seconds[name]:,.0f}",
+            f"{1 - num_tokens / found[0].computed_tokens:.0%}",
+            times_faster(seconds, "padded to longest", name),
+            times_faster(seconds, "TRL", name),
+            f"{statistics.median(result.peak_bytes for result in found) / GIB:.2f}",
+            f"{found[0].layer_passes:.2f}",
+            f"{found[0].first_step_loss:.5f}",
         )
         print("| " + " | ".join(cells) + " |")
-    return not void
+    return all_are_same
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Training throughput, side by side, on the CPU.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="rows as the trainer reads them")
-    source.add_argument("--synthetic", choices=["long"], help="random tokens, 5,017 a row")
-    shown = " and ".join(f"{values} ({name})" for name, values in DEFAULTS.items())
-    parser.add_argument("--steps", type=int, help=f"timed optimizer steps; defaults: {shown}")
-    parser.add_argument("--rows_per_step", type=int)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--tokenizer", default="data/tiny-qwen2")
+    source.add_argument("--synthetic", action="store_true", help="random tokens, 5,017 a row")
+    parser.add_argument("--steps", type=int, help="timed steps; 4, or 1 of synthetic rows")
+    parser.add_argument("--rows_per_step", type=int, help="64, or 2 synthetic rows")
+    parser.add_argument("--rounds", type=int, help="3, or 1 of synthetic rows")
+    parser.add_argument("--tokenizer", default=str(runs.TINY))
     args = parser.parse_args()
-    for name, value in DEFAULTS[args.synthetic or "data"].items():
+    # Long rows take minutes a step.
+    defaults = {"steps": 4, "rows_per_step": 64, "rounds": 3}
+    if args.synthetic:
+        defaults = {"steps": 1, "rows_per_step": 2, "rounds": 1}
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.rows_per_forward = ROWS_PER_FORWARD[args.synthetic or "data"]
     if min(args.steps, args.rounds, args.rows_per_step) < 1:
         parser.error("--steps, --rounds and --rows_per_step begin at 1")
-    if args.rows_per_step % args.rows_per_forward:
-        parser.error(f"--rows_per_step must be a multiple of {args.rows_per_forward}")
+    if (args.data and args.rows_per_step % 4) or args.rows_per_step % 2:
+        parser.error("--rows_per_step is a multiple of 4, of 2 with --synthetic")
     return args
 
 
 def be_quiet() -> None:
     warnings.filterwarnings("ignore")
-    for name in ("trl", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     datasets.disable_progress_bars()
 
 
 def main() -> int:
     args = parse_arguments()
     be_quiet()
-    names = ("torch", "transformers", "trl", "accelerate")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    names = list_contenders()
+    versions = []
+    for package in ("torch", "transformers", "trl", "accelerate"):
+        if importlib.util.find_spec(package):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
     print(f"command    python {shlex.join(sys.argv)}")
     print(f"machine    {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, fp32")
     print(f"versions   {', '.join(versions)}")
-    tokenizer = sft_qwen2.load_tokenizer(args.tokenizer, "")
-    results, rates = {name: [] for name in CONTENDERS}, []
+    tokenizer = load_tokenizer(args.tokenizer)
+    results = {name: [] for name in names}
+    rates = []
     with tempfile.TemporaryDirectory() as folder:
-        config = save_model(tokenizer, folder)
+        config = save_model(tokenizer, folder, SIZES)
         task = make_task(args, folder, tokenizer)
         for _ in range(args.rounds):
-            for name in CONTENDERS:
-                rates.append(matmul_rate())
-                results[name].append(run_in_own_process(name, task))
-                print(f"ran        {name}: {results[name][-1].seconds:.1f} s", flush=True)
-    timed, rate = task.rows[args.rows_per_step :], statistics.median(rates)
+            for name in names:
+                rates.append(measure_matmul_flops())
+                result = run_in_own_process(name, task)
+                results[name].append(result)
+                print(f"ran        {name}: {result.duration_s:.1f} s", flush=True)
+    timed = []
+    order = list(sft_qwen2.StepSampler(len(task.examples), task.examples_per_step, SEED))
+    for step in order[1:]:
+        timed += [task.examples[index] for index in step]
     own = results["this trainer"]
-    seconds = statistics.median(run.seconds for run in own)
-    share = matrix_flops(config, timed, own[0].layer_passes) / seconds / rate
+    flops = count_matrix_flops(config, timed, own[0].layer_passes)
+    rate = statistics.median(rates)
+    share = flops / statistics.median(result.duration_s for result in own) / rate
     print(f"matrices   {rate / 1e9:.0f} GFLOP/s in fp32 products; this trainer's are {share:.0%}")
     return 0 if print_table(timed, args.steps, results) else 1
 
