@@ -1,6 +1,6 @@
 """Draw docs/picture.svg for the READMEs: which tokens are trained, and the losses of a run.
 
-    python sft_qwen2.py data/tiny.json && python docs/make_pictures.py outputs/tiny
+    python sft_qwen2.py configs/tiny.json && python docs/make_pictures.py outputs/tiny
 
 The conversation is encoded by the trainer's own functions with the stand-in's tokenizer, and the
 losses are read from the run's metrics.jsonl.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sft_qwen2  # noqa: E402
-from sft.encoded_rows import mark_trained_tokens  # noqa: E402
+from sft.examples import mark_trained_tokens  # noqa: E402
 
 CONVERSATION = {
     "messages": [
@@ -83,7 +83,9 @@ def draw_losses(logs: list[dict]) -> list[str]:
         x, y = place(step, loss)
         anchor, label = ("end", x + 4) if step == last else ("start", x + 8)
         elements.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{TRAINED}"/>')
-        elements.append(text_at(label, y - 8, f"eval_loss {loss:.4g}", "trained", anchor))
+        if step in (0, last):  # labels between them would overlap
+            text = f"eval_loss {loss:.4f}"
+            elements.append(text_at(label, y - 8, text, "trained", anchor))
     return elements
 
 
