@@ -1,6 +1,6 @@
 """What the trainer calls and PyTorch 2.11 lacks, for machines to measure on that have no newer one.
 
-    import torch_2_11  # before the first step
+    import torch_2_11  # before sft_qwen2
 
 The trainer itself wants the version in requirements.txt, where this module changes nothing.
 """
@@ -46,7 +46,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(hidden, head, targets, *, reduction, options):
-    """Stand in for linear_cross_entropy where the caller adds up what it returns."""
+    """Return the sum of what linear_cross_entropy returns; the caller adds that up."""
     return ChunkedCrossEntropy.apply(hidden, head, targets)
 
 
@@ -61,12 +61,12 @@ def repeat_keys(varlen_attn):
     return attention
 
 
-def install(replace=setattr) -> None:
+def install() -> None:
     from torch.nn.attention import varlen
 
-    replace(torch.nn.functional, "linear_cross_entropy", summed_cross_entropy)
-    replace(torch.nn, "LinearCrossEntropyOptions", SimpleNamespace)
-    replace(varlen, "varlen_attn", repeat_keys(varlen.varlen_attn))
+    torch.nn.functional.linear_cross_entropy = summed_cross_entropy
+    torch.nn.LinearCrossEntropyOptions = SimpleNamespace
+    varlen.varlen_attn = repeat_keys(varlen.varlen_attn)
 
 
 if not hasattr(torch.nn.functional, "linear_cross_entropy"):

@@ -1,64 +1,176 @@
-"""The benchmarks that need other machines or hours: that they run, and count as they say."""
+"""The benchmarks: that they start, and that what they compare is the same work."""
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import throughput
 import torch
 import transformers
+from runs import CPU_ONLY, ROOT, TINY
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-HAS_TRL = importlib.util.find_spec("trl") is not None  # no requirement of the project
+BENCHMARKS = ROOT / "benchmarks"
+COMMANDS = [
+    "boxes.py",
+    "encoding.py",
+    "gpu.py",
+    "memory.py",
+    "pipeline.py",
+    "precision.py",
+    "throughput.py",
+]
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_path():
+    sys.path.append(str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def run_benchmark(name: str, *words) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **CPU_ONLY}
+    command = [sys.executable, BENCHMARKS / name, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_without_a_gpu_and_says_what_is_missing(tmp_path):
-    """All contenders but the compiled one, which is left to a GPU: the same work, the same loss."""
-    contenders = ["numerics", "this trainer", "TRL", "this trainer, all checkpointed"]
-    command, out = [sys.executable, BENCHMARKS / "gpu.py"], tmp_path / "gpu.json"
-    options = {"capture_output": True, "text": True}
-    done = subprocess.run([*command, "--out", out, "--contenders", *contenders], **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(out.read_text())
-    assert "no GPU" in done.stdout and report["device"] is None
-    assert {"attention, torch.float32, cpu", "model's gradients, torch.float32, cpu"} <= {
-        check["name"] for check in report["numerics"] if check["error"] <= check["limit"]
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "boxes.py"])
+def test_help_says_what_a_benchmark_is_for(name):
+    ended = run_benchmark(name, "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert "usage:" in ended.stdout
+
+
+def test_the_readme_names_all_benchmarks():
+    readme = Path(BENCHMARKS, "README.md").read_text("utf-8")
+    for name in COMMANDS:
+        assert f"benchmarks/{name}" in readme, name
+
+
+def test_the_readme_names_no_file_that_is_gone():
+    readme = Path(BENCHMARKS, "README.md").read_text("utf-8")
+    for word in readme.split():
+        if word.startswith(("benchmarks/", "tests/")) and word.endswith(".py"):
+            assert (ROOT / word).is_file(), word
+
+
+def make_task(folder: Path):
+    """Return examples of four to a step, for two steps."""
+    import throughput
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    throughput.save_model(tokenizer, str(folder), SIZES)
+    examples = throughput.RandomExamples(
+        number=8, shortest=5, longest=60, skew=2.0, trained_share=0.5
+    )
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "seed": throughput.SEED,
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "optim": "adamw_torch_fused",
     }
-    assert HAS_TRL or any(note.startswith("TRL: skipped") for note in report["notes"])
-    runs = report["runs"]
-    assert len(runs) == 2 * (2 + HAS_TRL)  # on short and on long rows
-    for run in runs:
-        (first, *_) = (other for other in runs if other["rows"] == run["rows"])
-        assert not run["void"] and run["tokens"] > run["trained_tokens"] == first["trained_tokens"]
-        assert run["first_step_loss"] == pytest.approx(first["first_step_loss"], rel=1e-6)
-        again = "all checkpointed" in run["contender"] or "TRL" in run["contender"]
-        assert run["layer_passes"] == 2 or not again
-        assert run["planned_gib"] > 0 if "this trainer" in run["contender"] else run["padding"] >= 0
-        for name in ("s_per_step", "tokens_per_s", "trained_tokens_per_s", "mfu", "peak_gib"):
-            assert run[name] is None
-    shown = subprocess.run([*command, "--show", out], **options).stdout
-    assert shown and shown in done.stdout
+    return throughput.Task(
+        folder=str(folder),
+        tokenizer=tokenizer,
+        examples=examples.make(len(tokenizer)),
+        longest=60,
+        options=options,
+    )
+
+
+def test_all_ways_of_throughput_do_the_same_work(tmp_path):
+    import throughput
+
+    task = make_task(tmp_path)
+    own = throughput.CONTENDERS["this trainer"](task)
+    assert own.trained_tokens > 0
+    for name in ("padded to longest", "dynamic padding"):
+        result = throughput.CONTENDERS[name](task)
+        assert result.first_step_loss == pytest.approx(own.first_step_loss, rel=1e-6), name
+        assert result.trained_tokens == own.trained_tokens, name
+        assert result.computed_tokens > own.computed_tokens, name
+        assert result.layer_passes == 2, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_throughput_counts_the_matrix_products_that_run(checkpointing):
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-    config = transformers.Qwen2Config(**sizes, **heads)
+    import throughput
+
+    config = transformers.Qwen2Config(**SIZES, vocab_size=128)
     model = transformers.Qwen2ForCausalLM(config).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    tokens, passes = 100, 1 + checkpointing
-    ids = torch.arange(tokens)[None]
+    num_tokens = 100
+    ids = torch.arange(num_tokens)[None]
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids)["loss"].backward()
+    passes = 1 + checkpointing
     # The counter has no formula for attention on the CPU.
-    attention = 4 * 64 * tokens * (tokens + 1) / 2 * 3 * (passes + 2)
-    row = {"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}
-    counted = throughput.matrix_flops(config, [row], passes) - attention
+    attention = 4 * 64 * num_tokens * (num_tokens + 1) / 2 * 3 * (passes + 2)
+    # The counter sees logits of every token. Here the first label does not count.
+    labels = torch.cat([torch.tensor([-100]), ids[0]]).numpy()
+    example = {"input_ids": ids[0].numpy(), "labels": labels}
+    counted = throughput.count_matrix_flops(config, [example], passes) - attention
     assert counter.get_total_flops() == counted
+
+
+def test_the_loss_for_an_older_pytorch_is_the_usual_one():
+    from torch_2_11 import ChunkedCrossEntropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(1500, 16, requires_grad=True)  # two chunks, the second not full
+    head = torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (1500,))
+    wanted = cross_entropy(hidden @ head.T, targets, reduction="sum")
+    wanted_gradients = torch.autograd.grad(wanted, (hidden, head))
+    found = ChunkedCrossEntropy.apply(hidden, head, targets)
+    torch.testing.assert_close(found, wanted)
+    for mine, theirs in zip(torch.autograd.grad(found, (hidden, head)), wanted_gradients):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    contenders = ["numerics", "this trainer", "TRL", "this trainer, all checkpointed"]
+    ended = run_benchmark("gpu.py", "--out", out, "--contenders", *contenders)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads(out.read_text())
+    assert report["device"] is None
+    assert "no GPU" in ended.stdout
+    names = [check["name"] for check in report["numerics"]]
+    assert "attention, torch.float32, cpu" in names
+    assert "model's gradients, torch.float32, cpu" in names
+    for check in report["numerics"]:
+        assert check["error"] <= check["limit"], check
+    own = [run for run in report["runs"] if "this trainer" in run["contender"]]
+    assert len(own) == 4  # two ways, short and long examples
+    for run in report["runs"]:
+        assert "error" not in run
+        assert not run["void"]
+        assert "s_per_step" not in run
+        if "all checkpointed" in run["contender"]:
+            assert run["layer_passes"] == 2
+    if not importlib.util.find_spec("trl"):
+        assert any(note.startswith("TRL: skipped") for note in report["notes"])
+    assert run_benchmark("gpu.py", "--show", out).stdout in ended.stdout
