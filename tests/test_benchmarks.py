@@ -98,6 +98,7 @@ def make_task(folder: Path):
     )
 
 
+@pytest.mark.slow
 def test_all_ways_of_throughput_do_the_same_work(tmp_path):
     import throughput
 
