@@ -152,9 +152,13 @@ def test_the_names_of_the_reading_order_are_in_the_script():
     assert names == sorted(names, key=defined.index)
 
 
-def list_messages() -> list[str]:
-    text = (ROOT / "docs/messages.md").read_text("utf-8")
+def list_messages(page: str = "docs/messages.md") -> list[str]:
+    text = (ROOT / page).read_text("utf-8")
     return re.findall(r"(?m)^\| `([^`]+)` \|", text)
+
+
+def test_both_languages_list_the_same_messages():
+    assert list_messages() == list_messages("docs/zh/messages.md")
 
 
 @pytest.mark.parametrize("message", list_messages())
