@@ -33,16 +33,22 @@ def write_weights(folder: Path, weights: dict, dtype: torch.dtype) -> None:
     config = folder / "config.json"
     if read_json(config)["tie_word_embeddings"]:  # readers take the embedding for the head
         weights.pop("lm_head.weight", None)
+    num_bytes = 0
     plan = huggingface_hub.split_torch_state_dict_into_shards(weights)
     for file_name, names in plan.filename_to_tensors.items():
         tensors = {}
         for name in names:
-            tensors[name] = weights[name].detach().to("cpu", dtype).contiguous()
+            weight = weights[name].detach()
+            tensors[name] = weight.to("cpu", dtype).contiguous()
+            num_bytes += tensors[name].nbytes
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         # safetensors lets nobody else read its files.
         os.chmod(folder / file_name, config.stat().st_mode)
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {
+            "metadata": {"total_size": num_bytes},
+            "weight_map": plan.tensor_to_filename,
+        }
         write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -60,14 +66,17 @@ def write_settings(folder: Path, model, tokenizer, dtype: torch.dtype) -> None:
 def rewrite_config(path: Path, dtype: torch.dtype, end_token_id: int) -> None:
     config = read_json(path)
     config.pop("auto_map", None)  # the code that it names is not copied
-    config["architectures"] = ["Qwen2ForCausalLM"]
-    config["eos_token_id"] = end_token_id
-    config["use_cache"] = True  # Trainer turns it off
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    # transformers 4 has other names for the same.
-    config["torch_dtype"] = config["dtype"]
     rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
+    dtype_name = str(dtype).removeprefix("torch.")
+    config.update(
+        architectures=["Qwen2ForCausalLM"],
+        eos_token_id=end_token_id,
+        use_cache=True,  # Trainer turns it off
+        dtype=dtype_name,
+        # transformers 4 has other names for the same.
+        torch_dtype=dtype_name,
+        rope_theta=rope["rope_theta"],
+    )
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
     write_json(path, config)
@@ -75,12 +84,13 @@ def rewrite_config(path: Path, dtype: torch.dtype, end_token_id: int) -> None:
 
 def rewrite_generation_config(path: Path, end_token_id: int) -> None:
     config = read_json(path)
-    ends = config.get("eos_token_id")
-    if ends is None:
-        ends = []
-    if isinstance(ends, int):
-        ends = [ends]
-    others = [end for end in ends if end != end_token_id]
+    others = config.get("eos_token_id")
+    if others is None:
+        others = []
+    if isinstance(others, int):
+        others = [others]
+    if end_token_id in others:
+        others.remove(end_token_id)
     config["eos_token_id"] = [end_token_id, *others]
     write_json(path, config)
 
@@ -99,7 +109,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def rehearse_export(output_dir: Path, model, tokenizer, dtype: torch.dtype) -> None:

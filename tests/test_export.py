@@ -61,11 +61,17 @@ def test_large_weights_are_in_several_files(model, tokenizer, tmp_path, monkeypa
         return split(weights, max_shard_size=400_000)
 
     monkeypatch.setattr(export.huggingface_hub, "split_torch_state_dict_into_shards", split_small)
-    write(tmp_path, model, tokenizer, torch.float32)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    write(tmp_path, model, tokenizer)
+    paths = list(tmp_path.glob("model-*.safetensors"))
+    assert len(paths) > 1
     again = load_model(tmp_path)
     for name, weight in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight)
+        assert torch.equal(again.state_dict()[name], weight.bfloat16())
+    num_bytes = 0
+    for path in paths:
+        num_bytes += sum(weight.nbytes for weight in load_file(path).values())
+    index = read(tmp_path / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == num_bytes
 
 
 def test_a_model_folder_loads_as_any_other(model, tokenizer, tmp_path):
@@ -95,7 +101,7 @@ def test_a_base_model_now_stops_at_the_end_of_an_answer(model, tokenizer, tmp_pa
     assert tokenizer.eos_token == "<|endoftext|>"  # what trains is left as it was
 
 
-ENDS = [(None, [2]), (2, [2]), ([0, 2], [2, 0]), ([7, 8], [2, 7, 8])]
+ENDS = [(None, [2]), (2, [2]), (0, [2, 0]), ([0, 2], [2, 0]), ([7, 8], [2, 7, 8])]
 
 
 @pytest.mark.parametrize(("before", "after"), ENDS)
