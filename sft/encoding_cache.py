@@ -24,7 +24,7 @@ import xxhash
 
 from sft.console import say
 from sft.data_files import RAW_FILE, read_records
-from sft.errors import UserError, as_user_error, describe
+from sft.errors import UserError, as_user_error
 
 FILE_NAME = "examples.arrow"  # of several processes: examples_00000_of_00002.arrow, ...
 CHECKSUMS = "checksums.json"  # is written last: a folder without it is unfinished
@@ -120,7 +120,10 @@ def cache_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = describe(error)
+        # The cause of an error in another process is that process's whole traceback.
+        reason = str(error)
+        if error.errno:
+            reason = os.strerror(error.errno)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{root}: encoded rows have no room here: {reason}; make room, or set "

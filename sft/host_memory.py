@@ -48,7 +48,9 @@ def send(values: torch.Tensor, target: torch.Tensor) -> None:
 
 def bring(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a copy on a device, which will have arrived before whatever is queued next."""
-    tensors = [torch.empty_like(tensor, device=device) for tensor in list_tensors(values)]
+    tensors = []
+    for tensor in list_tensors(values):
+        tensors.append(torch.empty_like(tensor, device=device))
     arriving = rebuild(values, tensors)
     send(values, arriving)
     return arriving
@@ -56,8 +58,10 @@ def bring(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def wait_for_devices(parameters: list[torch.Tensor]) -> None:
     """Wait until the devices of these parameters have done all that is queued."""
-    for device in {p.device for p in parameters}:
-        torch.get_device_module(device).synchronize(device)
+    devices = {p.device for p in parameters}
+    for device in devices:
+        module = torch.get_device_module(device)
+        module.synchronize(device)
 
 
 class PinnedMemory:
@@ -74,7 +78,8 @@ class PinnedMemory:
         """
         if device.type != "cuda":
             return values
-        return rebuild(values, [self.pin_tensor(tensor) for tensor in list_tensors(values)])
+        pinned = [self.pin_tensor(tensor) for tensor in list_tensors(values)]
+        return rebuild(values, pinned)
 
     def pin_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.is_exhausted:
@@ -106,9 +111,8 @@ class StateOnHost:
 
         accelerate's prepare would move this state to a GPU, and has to come earlier.
         """
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.find_host_state(p)
+        for p in self.list_parameters():
+            self.find_host_state(p)
         if self.gradients_on_host is not None:
             self.gradients_on_host.take_host_memory(self.pinned_memory)
 
@@ -116,9 +120,11 @@ class StateOnHost:
         """Return the state of a parameter in host memory, and make it where there is none."""
         host_state = self.state[p]
         if not host_state:
-            host_state.update(self.new_state(torch.empty_like(p, device="cpu")))
+            like_p = torch.empty_like(p, device="cpu")
+            host_state.update(self.new_state(like_p))
             for name in MOMENTS:
-                host_state[name] = self.pinned_memory.pin(host_state[name], p.device)
+                moment = host_state[name]
+                host_state[name] = self.pinned_memory.pin(moment, p.device)
         return host_state
 
     def load_parameter_state(self, p: torch.Tensor, saved: dict) -> None:
@@ -131,7 +137,7 @@ class StateOnHost:
     def step(self, closure=None) -> None:
         """Update each parameter, and wait until all state is in host memory: it may be saved."""
         super().step(closure)
-        wait_for_devices([p for group in self.param_groups for p in group["params"]])
+        wait_for_devices(self.list_parameters())
 
     def step_parameter(self, p: torch.Tensor, group: dict) -> None:
         """Bring gradient and state of a parameter, update it, and send its state back."""
@@ -197,13 +203,14 @@ class GradientsOnHost:
 
         Each parameter must have sent a gradient in this step, and none may have one still.
         """
-        num_left = sum(p.grad is not None for p in self.parameters)
-        assert num_left == 0, f"{num_left} gradients are not in host memory"
-        num_missing = len(self.parameters) - len(self.norms)
-        assert num_missing == 0, f"{num_missing} parameters have sent no gradient in this step"
+        norms = []
+        for p in self.parameters:
+            assert p.grad is None, "a gradient is not in host memory"
+            assert p in self.norms, "a parameter has sent no gradient in this step"
+            norms.append(self.norms[p])
         # The order is that of torch's clip_grad_norm_, in which sums are rounded. The norm of a
         # norm is that norm, to the bit.
-        total_norm = get_total_norm([self.norms[p] for p in self.parameters])
+        total_norm = get_total_norm(norms)
         self.clipping = (max_norm, total_norm)
         return total_norm
 

@@ -97,13 +97,18 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         and the number of the step alone. The mend can go when torchao takes a generator.
         """
         assert closure is None, "a closure would draw from the generators of the rounding"
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gpus = {p.device for p in parameters if p.device.type == "cuda"}
+        gpus = {p.device for p in self.list_parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(gpus), torch._dynamo.utils.disable_cache_limit():
             torch.manual_seed(self.rounding_seed())
             for group in self.param_groups:
                 for p in group["params"]:
                     self.step_parameter(p, group)
+
+    def list_parameters(self) -> list[torch.Tensor]:
+        parameters = []
+        for group in self.param_groups:
+            parameters += group["params"]
+        return parameters
 
     def rounding_seed(self) -> int:
         """Return a seed made of this optimizer's seed and the number of steps done."""

@@ -443,8 +443,11 @@ def test_errors_of_the_cache_folder_name_it_and_its_variable(
         [write_rows([GOOD])], tiny_tokenizer.backend_tokenizer, {}, sft_qwen2.encode_records
     )
     with pytest.raises(UserError) as error, found.lock():
-        raise OSError(code, os.strerror(code))
+        # As of an error in another process.
+        raise OSError(code, "error") from RuntimeError("Traceback (most recent call last)")
     assert str(cache) in str(error.value)
+    assert os.strerror(code) in str(error.value)
+    assert "Traceback" not in str(error.value)
     assert "HF_DATASETS_CACHE" in str(error.value)
     assert said in str(error.value)
     assert not_said not in str(error.value)
