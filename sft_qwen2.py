@@ -9,22 +9,28 @@ A line of data is a conversation: {"query": "...", "answer": "..."}, optionally 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
 
 What is trained. The tokens of each answer and the <|im_end|> after it. All other tokens are
-context: their label is -100.
+context: their label is -100. (An answer may have a weight of 0; then it is context, too.)
 
 How a step is computed. An optimizer step takes a set of examples: per_device_train_batch_size x
 gradient_accumulation_steps x number of processes. The set is cut into micro-batches of at most
 `tokens_per_forward` tokens. The examples of a micro-batch lie end to end, without padding, and
 attention stays inside each example. The loss is summed over the trained tokens and divided by the
 number of trained tokens of the whole step, over all micro-batches and processes. So the cut changes
-memory and speed, and never the result.
+memory and speed, and the result no more than the rounding of sums does.
 
 What happens when ...
-    memory runs out      the step is done again with half of tokens_per_forward
-    a loss is NaN        the run stops before the weights change, and names the step's examples
-    Ctrl-C, SIGTERM      the run saves a checkpoint after the step and stops
+    memory runs out      one process does the step again with fewer tokens at once; several
+                         processes stop, and name the flag for --resume
+    a loss or a gradient is not finite
+                         the run stops before the weights change, and names the step's examples
+                         (fp16 skips up to 20 such steps in a row, while its loss scale falls)
+    Ctrl-C, SIGTERM      while it trains, the run saves a checkpoint after the step and stops
     the disk is full     the checkpoint is lost, earlier ones are whole, training goes on
-    --resume             the run goes on from the last checkpoint, bit for bit, if all that decides
-                         what is learnt is the same (`make_fingerprint`)
+                         (sft/checkpoints.py); the export is tried again while nothing else has
+                         the model
+    --resume             the run goes on from its last checkpoint, if all that decides what is
+                         learnt is the same (`make_fingerprint`). On the same machine, with the
+                         same cut, it goes on bit for bit
 
 Shapes: T tokens of an example or micro-batch, E examples, N trained tokens, H query heads, K
 key/value heads, D head size, C hidden size, V vocabulary.
@@ -268,6 +274,7 @@ def make_training_arguments(args: SFTArguments) -> transformers.TrainingArgument
         if name in trainer_names:
             settings[name] = value
     if "activation_checkpointing" in trainer_names:  # its new name, from transformers 5.23 on
+        # args.gradient_checkpointing remains readable.
         settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
     settings["optim"] = "adamw_torch"  # until the plan has chosen
     settings["logging_nan_inf_filter"] = False  # a loss that is NaN must be seen
@@ -718,8 +725,9 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         self.examples_per_step = examples_per_step
         self.tokens_per_forward = plan.tokens_per_forward
         self.max_tokens_without_checkpointing = plan.max_tokens_without_checkpointing
+        # A window is all micro-batches that several GPUs of one process work on at once.
         self.window_tokens = plan.window_tokens
-        self.pipeline = None  # of several GPUs in one process
+        self.pipeline = None
         if plan.window_tokens is not None:
             autocast_dtype = None
             if plan.precision.needs_autocast:
@@ -784,7 +792,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         local_loss = self.run_until_it_fits(self.forward_backward, self.current_examples)
         # Trainer averages losses over processes, as it averages gradients.
         step_loss = self.accelerator.reduce(local_loss, "mean").item()
-        # A loss of exactly 0 comes from logits that overflowed, or from labels that are all masked.
+        # No example is learnt so well. A loss of exactly 0 means that labels or logits are wrong.
         if not math.isfinite(step_loss) or step_loss == 0:
             raise self.broken_step(f"the loss is {step_loss}")
         self.count_work(self.current_examples)
@@ -833,6 +841,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         num_tokens: of the micro-batch, or of all micro-batches in flight.
         """
         if self.args.gradient_checkpointing:
+            # Trainer has prepared the layers for it. Each layer reads this switch.
             for layer in self.model.model.layers:
                 layer.gradient_checkpointing = num_tokens > self.max_tokens_without_checkpointing
 
@@ -873,20 +882,27 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         processes would not do the same.
         """
         what = f"out of memory at {num_tokens:,} tokens per micro-batch"
-        if self.args.world_size > 1:
+        is_one_example = num_tokens <= longest
+        if self.args.world_size > 1 and not is_one_example:
             raise UserError(f"{what}; use --resume --tokens_per_forward {num_tokens // 2}")
         if self.pipeline is not None and self.window_tokens > num_tokens:
             self.window_tokens = max(num_tokens, self.window_tokens // 2)
             remedy = f"{self.window_tokens:,} tokens in flight"
-        elif num_tokens > longest:
+        elif not is_one_example:
             self.tokens_per_forward = num_tokens // 2
             remedy = f"--tokens_per_forward {self.tokens_per_forward}"
-        elif self.args.gradient_checkpointing and self.max_tokens_without_checkpointing > 0:
+        elif self.can_recompute_more():
             self.max_tokens_without_checkpointing = 0
             remedy = "all layers recomputed"
         else:
             raise UserError(f"{what}, which are one example; lower --max_len")
         say(f"memory     {what}; retrying with {remedy}")
+
+    def can_recompute_more(self) -> bool:
+        """Return whether this process may recompute layers that it has kept so far."""
+        if self.args.world_size > 1 or not self.args.gradient_checkpointing:
+            return False
+        return self.max_tokens_without_checkpointing > 0
 
     def count_skipped_step(self) -> None:
         """Count steps that fp16's GradScaler skipped in a row. Raise UserError for too many."""
@@ -945,6 +961,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         for log in self.state.log_history:
             if "eval_loss" in log:
                 last_step = log["step"]
+        # Then the best weights were loaded after the last evaluation.
         has_other_weights = self.args.load_best_model_at_end
         return last_step == self.state.global_step and not has_other_weights
 
@@ -1150,8 +1167,7 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     asks_questions = trainer.eval_dataset is not None and not trainer.is_fsdp_enabled
     if asks_questions:
         questions = choose_questions(trainer.eval_dataset, end_id)
-    max_tokens = trainer.tokens_per_forward
-    answers_before = answer_questions(trainer.model, questions, end_id, max_tokens)
+    answers_before = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
 
     with stop, explain_failures():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -1164,7 +1180,7 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     trainer.export(export_dtype)
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
-    answers_after = answer_questions(trainer.model, questions, end_id, max_tokens)
+    answers_after = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
     if asks_questions:
         num_examples = len(trainer.eval_dataset)
         print_answers(tokenizer, num_examples, questions, answers_before, answers_after)
@@ -1209,7 +1225,7 @@ def main(argv: list[str] | None = None) -> int:
 
     A wrong argument ends the process with exit code 2.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # announce_start has changed it
     outlive_console()
     quiet_libraries()
     drop_foreign_environment()

@@ -271,7 +271,7 @@ def test_out_of_memory_of_one_example_recomputes_layers(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(sft_qwen2.Qwen2ForCausalLM, "forward", fails_unless_recomputed)
-    flags = {**FLAGS, "max_steps": 1, "tokens_per_forward": 1}
+    flags = {**FLAGS, "num_train_epochs": 1, "tokens_per_forward": 1}
     run = train(untied_model_dir, data, tmp_path / "one", **flags)
     assert "retrying with all layers recomputed" in run.out
 
