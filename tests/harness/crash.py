@@ -305,6 +305,7 @@ class Crashes:
             else:
                 self.problems.append(f"{name} was not killed: {ended}")
             self.check_progress(name, place)
+            self.check_model(name)
             self.finish(name, "one", resume=True)
 
     def check_progress(self, name: str, place: str) -> None:
@@ -317,6 +318,13 @@ class Crashes:
         expected = {"record": [0], "save": [KILLED_SAVE - 1, KILLED_SAVE], "export": [STEPS]}
         if last not in expected[place]:
             self.problems.append(f"{name}: the last checkpoint is that of step {last}")
+
+    def check_model(self, name: str) -> None:
+        """Note a half-written model that looks whole: readers take a folder with a config.json."""
+        output_dir = self.folder / name
+        for part in ("model.safetensors", "tokenizer.json", "generation_config.json"):
+            if (output_dir / "config.json").exists() and not (output_dir / part).exists():
+                self.problems.append(f"{name} has a config.json, but no {part}")
 
     def resume_from_each(self, resumes: int) -> None:
         """Resume from so many checkpoints of a run, the last one of an epoch among them."""

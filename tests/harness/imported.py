@@ -4,6 +4,7 @@ import gc
 import importlib
 
 import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from sft.console import quiet_libraries
 
@@ -25,5 +26,5 @@ for module in MODULES:
     importlib.import_module(module)
 for name in CLASSES:
     getattr(transformers, name)  # transformers imports the module of a name when it is asked for
-transformers.conversion_mapping.get_checkpoint_conversion_mapping("qwen2")  # made once, for all
+get_checkpoint_conversion_mapping("qwen2")  # made once, for all
 gc.freeze()  # a collection in a child would copy all of these objects
