@@ -97,6 +97,16 @@ def test_answers_are_those_of_each_prompt_by_itself(model, continuations, max_to
     assert answer_questions(model.train(), questions, END, max_tokens) == continuations
 
 
+def test_answers_do_not_change_where_training_recomputes(model, continuations):
+    """transformers keeps no cache of keys and values while it recomputes layers."""
+    model.gradient_checkpointing_enable()
+    model.train()
+    questions = [Question(prompt_ids=prompt, answer_ids=[END]) for prompt in PROMPTS]
+    answers = answer_questions(model, questions, END, max_tokens=1000)
+    model.gradient_checkpointing_disable()
+    assert answers == continuations
+
+
 def test_answers_stop_at_their_end(model, continuations):
     for answer in continuations:
         end_id = answer[5]
