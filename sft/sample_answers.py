@@ -43,7 +43,9 @@ def choose_questions(examples: Sequence[dict], end_id: int) -> list[Question]:
         if start > PROMPT_TOKENS or end_id not in input_ids[start:]:
             continue
         end = input_ids.index(end_id, start) + 1
-        questions.append(Question(prompt_ids=input_ids[:start], answer_ids=input_ids[start:end]))
+        prompt_ids = input_ids[:start]
+        answer_ids = input_ids[start:end]
+        questions.append(Question(prompt_ids=prompt_ids, answer_ids=answer_ids))
     questions.sort(key=Question.is_long)
     return questions[:NUM_QUESTIONS]
 
