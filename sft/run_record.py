@@ -28,6 +28,7 @@ OTHER_FILES = {
     ASIDE,
     RECORD,
     "metrics.jsonl",
+    "loss.svg",
     "rejected.jsonl",
     "config.json",
     "generation_config.json",

@@ -17,7 +17,6 @@ PEAK_TFLOPS = {
     "H100 NVL": 835,
     "H100": 989,
     # https://www.nvidia.com/en-us/data-center/h200/
-    "H200 NVL": 835,
     "H200": 989,
     # https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413
     "L40S": 362,
@@ -30,8 +29,8 @@ PEAK_TFLOPS = {
     # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
     "RTX 4090": 165,
 }
-# A part of a GPU, and the smaller RTX 4090 D and RTX 4090 Laptop GPU.
-SMALLER_GPUS = ("MIG", "RTX 4090 ")
+# A part of a GPU, and smaller GPUs whose figures were not found: RTX 4090 D, RTX 4090 Laptop GPU.
+SMALLER_GPUS = ("MIG", "RTX 4090 ", "H200 NVL")
 
 
 def find_peak_tflops(gpu_name: str) -> float | None:

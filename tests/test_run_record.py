@@ -95,6 +95,7 @@ def test_a_model_without_a_checkpoint_cannot_be_resumed(tmp_path):
 NAMES = [
     "run.json",
     "metrics.jsonl",
+    "loss.svg",
     "rejected.jsonl",
     "config.json",
     "tokenizer.json",

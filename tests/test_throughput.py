@@ -64,7 +64,7 @@ def test_without_a_cited_peak_there_is_no_mfu(clock, monkeypatch):
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835),
         ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H200 NVL", None),
         ("NVIDIA L40S", 362),
         ("Tesla V100-SXM2-32GB", 125),
         ("Tesla V100-PCIE-16GB", 112),
