@@ -146,6 +146,8 @@ def train(folder: Path, contender: Contender, model: Path, data: Path, actions=(
         "report_to": "none",
         **flags,
     }
+    if contender.num_processes == 1:
+        all_flags["use_cpu"] = True  # transformers refuses bf16 products elsewhere without a GPU
     actions = [(forks.take_for_gpu, contender.compute, contender.num_processes > 1), *actions]
     if contender.plain_adamw:
         actions.append((use_plain_adamw,))

@@ -79,7 +79,7 @@ def test_a_tied_model_has_the_gradients_of_one_device(one_device_tied, max_layer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("window", [1, NUM_MICRO_BATCHES])
 def test_half_precision_products_and_a_scaled_loss_change_no_bit(dtype, window):
-    """Autocast is around the forward pass of each part, and never around a backward pass."""
+    """Autocast is around the forward pass of each part, also when a layer is computed again."""
     model = small_qwen2.make_model()
     small_qwen2.recompute_layers(model)
     scaler = torch.amp.GradScaler("cpu")

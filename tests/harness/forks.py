@@ -4,6 +4,7 @@ That process has computed nothing, so that no library's thread is lost in a fork
 """
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -107,6 +108,9 @@ def call_function(log: Path, environment: dict, function: Callable, *args) -> No
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    # Under nohup and in the background of a shell, pytest and its children ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.exit(function(*args))
 
 
