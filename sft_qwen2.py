@@ -94,9 +94,11 @@ from sft.model_files import (
     check_model,
     check_rendering,
     check_vocabulary,
+    count_positions,
     digest_model,
     load_tokenizer,
     load_weights,
+    warn_beyond_positions,
 )
 from sft.optimizer import check_optimizer, optimizer_class_and_options
 from sft.pipeline import Pipeline, cut_windows
@@ -299,7 +301,8 @@ def settings_of_processes(args: SFTArguments) -> dict:
         return {"fsdp": True, "fsdp_config": config}
     # TrainingArguments would do so without the timeout.
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
-    return {"use_cpu": True, "ddp_backend": "gloo"}
+    # Each forward pass uses all parameters. Trainer would look for others at each step.
+    return {"use_cpu": True, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
 
 
 # ---- Encoding: which tokens are trained ---------------------------------------------------------
@@ -421,14 +424,12 @@ def load_examples(args: SFTArguments, tokenizer) -> dict[str, Examples]:
     The examples are cut to max_len here, once. Raises UserError for rows that are refused.
     """
     examples = {}
-    for split, paths in find_data_files(args.data_path).items():
+    for split, paths in find_data_files(args.data_path, args.validation_split).items():
         encoded = encode_files(paths, tokenizer, args)
         examples[split] = select_examples(
             encoded, paths, args.max_len, args.overflow_strategy, args.skip_bad_rows
         )
     if args.validation_split > 0:
-        if "validation" in examples:
-            raise UserError("--validation_split: there is a validation file; choose one of them")
         train, validation = split_examples(examples["train"], args.validation_split, args.seed)
         examples = {"train": train, "validation": validation}
     if args.eval_strategy != "no" and "validation" not in examples:
@@ -1161,15 +1162,11 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     run_lines = set_up_reporting(trainer)
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    questions = []
     end_id = tokenizer.convert_tokens_to_ids(IM_END)
-    # A model in shards takes a second for each token of an answer.
-    asks_questions = trainer.eval_dataset is not None and not trainer.is_fsdp_enabled
-    if asks_questions:
-        questions = choose_questions(trainer.eval_dataset, end_id)
+    questions = choose_questions(trainer.eval_dataset, end_id, trainer.is_fsdp_enabled)
     answers_before = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
 
-    with stop, explain_failures():
+    with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
         is_stopped = stop.is_requested(trainer.args)
     if is_stopped:
@@ -1181,9 +1178,7 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
     answers_after = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
-    if asks_questions:
-        num_examples = len(trainer.eval_dataset)
-        print_answers(tokenizer, num_examples, questions, answers_before, answers_after)
+    print_answers(tokenizer, questions, answers_before, answers_after)
     run_lines.print_summary(trainer.args, trainer.state, name_format(export_dtype))
     return 0
 
@@ -1201,7 +1196,9 @@ def run(args: SFTArguments) -> int:
     tokenizer = prepare_tokenizer(args)
 
     examples = load_examples(args, tokenizer)
-    check_vocabulary(config, args.model_name_or_path, examples["train"].largest_token_id())
+    largest_id = max(chosen.largest_token_id() for chosen in examples.values())
+    check_vocabulary(config, args.model_name_or_path, largest_id)
+    warn_beyond_positions(int(examples["train"].lengths.max()), count_positions(config))
     plan = make_plan(config, args, training_args, examples["train"])
     if args.dry_run:
         return 0
@@ -1217,7 +1214,8 @@ def run(args: SFTArguments) -> int:
             write_rejected(examples, args.output_dir)
         is_new = checkpoint is None
         trainer = make_trainer(args, training_args, plan, tokenizer, examples, is_new)
-        return train_and_export(trainer, tokenizer, checkpoint, export_dtype)
+        with explain_failures():
+            return train_and_export(trainer, tokenizer, checkpoint, export_dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

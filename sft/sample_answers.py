@@ -30,11 +30,20 @@ class Question:
         return len(self.answer_ids) > ANSWER_TOKENS
 
 
-def choose_questions(examples: Sequence[dict], end_id: int) -> list[Question]:
+def choose_questions(
+    examples: Sequence[dict], end_id: int, is_in_shards: bool = False
+) -> list[Question]:
     """Return the first questions with a short prompt, those with a short answer before others.
 
-    An answer that was cut to max_len has no <|im_end|> (`end_id`), and is not asked for.
+    Say why where there is none. An answer that was cut to max_len has no <|im_end|> (`end_id`),
+    and is not asked for.
     """
+    if not examples:
+        say("questions  not asked: there are no validation examples")
+        return []
+    if is_in_shards:
+        say("questions  not asked: in shards each token of an answer takes a second")
+        return []
     questions = []
     for index in range(min(len(examples), 10 * NUM_QUESTIONS)):
         input_ids = examples[index]["input_ids"].tolist()
@@ -46,6 +55,8 @@ def choose_questions(examples: Sequence[dict], end_id: int) -> list[Question]:
         prompt_ids = input_ids[:start]
         answer_ids = input_ids[start:end]
         questions.append(Question(prompt_ids=prompt_ids, answer_ids=answer_ids))
+    if not questions:
+        say("questions  not asked: no validation example has a short prompt and a whole answer")
     questions.sort(key=Question.is_long)
     return questions[:NUM_QUESTIONS]
 
@@ -120,21 +131,13 @@ def pad_left(prompts: list[list[int]], any_id: int, device) -> tuple[torch.Tenso
 
 # ---- What is printed ----------------------------------------------------------------------------
 def print_answers(
-    tokenizer,
-    num_examples: int,
-    questions: list[Question],
-    before: list[list[int]],
-    after: list[list[int]],
+    tokenizer, questions: list[Question], before: list[list[int]], after: list[list[int]]
 ) -> None:
     """Print the first few answers, and how many are those of the examples, token for token.
 
-    `num_examples`: how many validation examples there are. `before`, `after`: answers as ids.
+    `before`, `after`: answers as ids.
     """
-    if num_examples == 0:
-        say("exact      not counted: there are no validation examples")
-        return
     if not questions:
-        say("exact      not counted: no validation example has a short prompt")
         return
     for index in range(min(len(questions), NUM_SHOWN)):
         prompt = tokenizer.decode(questions[index].prompt_ids)

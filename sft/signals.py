@@ -58,7 +58,7 @@ class StopOnSignal(transformers.TrainerCallback):
         self.signal_number = number
         name = signal.Signals(number).name
         with suppress(RuntimeError):  # the signal came in the middle of another line
-            say(f"{name}: saving after this step; a second one stops at once, unsaved")
+            say(f"{name}: saving after this step or evaluation; a second one stops unsaved")
         time.sleep(REPEATS_S)
         self.handle_signals(signal.SIG_DFL)
 

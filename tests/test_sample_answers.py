@@ -183,7 +183,7 @@ def test_right_answers_count_whatever_the_pad_token_is(tiny_model_dir, pad_token
     questions = choose_questions(examples, end_id)
     parrot = Parrot(questions, end_id, len(tokenizer))
     answers = answer_questions(parrot, questions, end_id, max_tokens=1000)
-    print_answers(tokenizer, len(examples), questions, [[], []], answers)
+    print_answers(tokenizer, questions, [[], []], answers)
     assert capsys.readouterr().out.splitlines() == [
         "question   What is 2 + 2?",
         "  before    ...",
@@ -200,7 +200,7 @@ def test_exact_is_exact(tiny_tokenizer, capsys):
     ids = tiny_tokenizer("abc<|im_end|>").input_ids
     more = tiny_tokenizer("abcd<|im_end|>").input_ids
     questions = [Question(prompt_ids=[1], answer_ids=ids)] * 3
-    print_answers(tiny_tokenizer, 3, questions, [more, more, more], [ids[:-1], more, ids])
+    print_answers(tiny_tokenizer, questions, [more, more, more], [ids[:-1], more, ids])
     assert "exact      1 of 3 held-out answers (before: 0)" in capsys.readouterr().out
 
 
@@ -210,7 +210,7 @@ def test_long_answers_are_shown_cut_without_a_score(tiny_tokenizer, capsys):
     questions = choose_questions([record], end_id)
     parrot = Parrot(questions, end_id, len(tiny_tokenizer))
     answers = answer_questions(parrot, questions, end_id, max_tokens=1000)
-    print_answers(tiny_tokenizer, 1, questions, answers, answers)
+    print_answers(tiny_tokenizer, questions, answers, answers)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("  before   0 1 2 3 4 5")
     assert lines[-2].endswith(" ...")
@@ -220,22 +220,33 @@ def test_long_answers_are_shown_cut_without_a_score(tiny_tokenizer, capsys):
 def test_long_answers_beside_short_ones_do_not_count(tiny_tokenizer, capsys):
     short = Question(prompt_ids=[1], answer_ids=[5, END])
     long = Question(prompt_ids=[1], answer_ids=[5] * 60)
-    print_answers(tiny_tokenizer, 2, [short, long], [[5], [5]], [[5, END], [5] * 48])
+    print_answers(tiny_tokenizer, [short, long], [[5], [5]], [[5, END], [5] * 48])
     assert "exact      1 of 1 held-out answers (before: 0)" in capsys.readouterr().out
 
 
-def test_it_is_said_that_there_is_nothing_to_ask(tiny_tokenizer, capsys):
-    print_answers(tiny_tokenizer, 0, [], [], [])
-    assert capsys.readouterr().out == "exact      not counted: there are no validation examples\n"
-    print_answers(tiny_tokenizer, 5, [], [], [])
+@pytest.mark.parametrize("examples", [None, []])
+def test_it_is_said_that_there_are_no_validation_examples(examples, capsys):
+    assert choose_questions(examples, END) == []
+    out = capsys.readouterr().out
+    assert out == "questions  not asked: there are no validation examples\n"
+
+
+def test_it_is_said_that_no_example_can_be_asked(capsys):
+    long_prompt = example([1] * (PROMPT_TOKENS + 1), ([4, END], True))
+    assert choose_questions([long_prompt], END) == []
     assert "no validation example has a short prompt" in capsys.readouterr().out
+
+
+def test_it_is_said_that_shards_are_not_asked(capsys):
+    assert choose_questions([example([1], ([4, END], True))], END, is_in_shards=True) == []
+    assert "in shards" in capsys.readouterr().out
 
 
 def test_texts_keep_within_80_columns_and_four_lines(tiny_tokenizer, capsys):
     text = "一二三四五六七八九十" * 20
     record = encode(tiny_tokenizer, "s", text, "4")
     questions = choose_questions([record], tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    print_answers(tiny_tokenizer, 1, questions, [[5]], [[5]])
+    print_answers(tiny_tokenizer, questions, [[5]], [[5]])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "question   " + text[:34]
     assert lines[3] == " " * 11 + text[102:136]
@@ -246,5 +257,5 @@ def test_texts_keep_within_80_columns_and_four_lines(tiny_tokenizer, capsys):
 def test_texts_cannot_steer_the_terminal(tiny_tokenizer, capsys):
     record = encode(tiny_tokenizer, "s", "\x1b[31mred\nor\tnot", "4")
     questions = choose_questions([record], tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    print_answers(tiny_tokenizer, 1, questions, [[5]], [[5]])
+    print_answers(tiny_tokenizer, questions, [[5]], [[5]])
     assert capsys.readouterr().out.startswith(r"question   \x1b[31mred\nor\tnot")
