@@ -22,7 +22,14 @@ from sft.command_line import list_options, option, parse, read_flags
 from sft.console import outlive_console, quiet_libraries
 from sft.data_files import find_data_files
 from sft.errors import UserError
-from sft.examples import count_kept_tokens, describe_rejected, get_column
+from sft.examples import (
+    check_share,
+    count_held_out,
+    count_kept_tokens,
+    describe_rejected,
+    get_column,
+)
+from sft.model_files import count_positions, warn_beyond_positions
 from sft.plan_report import MIN_STEPS, suggest_schedule
 from sft_qwen2 import SFTArguments, bin_by_tokens, encode_files, prepare_tokenizer
 
@@ -32,7 +39,15 @@ NUM_SAMPLED_STEPS = 25  # optimizer steps drawn at random, to see how many micro
 MAX_BARS = 16
 BAR_COLUMNS = 56
 # These options may be flags here. A file of arguments may have all.
-FLAGS = ["model_name_or_path", "data_path", "system_prompt", "train_on", "skip_bad_rows", "json"]
+FLAGS = [
+    "model_name_or_path",
+    "data_path",
+    "system_prompt",
+    "train_on",
+    "skip_bad_rows",
+    "validation_split",
+    "json",
+]
 
 
 @dataclass(kw_only=True)
@@ -49,7 +64,7 @@ def find_longest_input(name_or_path: str, tokenizer) -> int:
     # A folder with the tokenizer's files alone is enough to count.
     with contextlib.suppress(OSError, ValueError):
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        limits.append(config.max_position_embeddings)
+        limits.append(count_positions(config))
     return int(min(limits))
 
 
@@ -84,13 +99,14 @@ def measure_max_len(encoded, max_len: int, args) -> dict[str, float]:
     num_over = int(np.count_nonzero(is_over))
     num_lost = int(np.count_nonzero(is_over & (kept_tokens == 0)))
     lengths = np.minimum(num_tokens[kept_tokens > 0], max_len)
+    num_trained = len(lengths) - count_held_out(len(lengths), args.validation_split)
     return {
         "max_len": max_len,
         "num_over": num_over,
         "num_cut": num_over - num_lost,  # a part of their answers is trained
         "num_lost": num_lost,  # no answer is left: they are not trained
         "lost_token_share": float(lost_tokens.sum() / answer_tokens.sum()),
-        "steps_per_epoch": math.ceil(len(lengths) / count_examples_per_step(args)),
+        "steps_per_epoch": math.ceil(num_trained / count_examples_per_step(args)),
         "micro_batches_per_step": count_micro_batches(lengths, max_len, args),
     }
 
@@ -171,7 +187,7 @@ def measure(args, argv: list[str]) -> dict:
     limit = find_longest_input(args.model_name_or_path, tokenizer)
     stats = {"files": {}, "refused": []}
     encoded = {}
-    for split, paths in find_data_files(args.data_path).items():
+    for split, paths in find_data_files(args.data_path, args.validation_split).items():
         encoded[split] = encode_files(paths, tokenizer, args)
         stats["refused"] += describe_rejected(encoded[split], paths)
         num_tokens = get_column(encoded[split], "num_tokens")
@@ -194,6 +210,10 @@ def measure(args, argv: list[str]) -> dict:
         "answer": summarize(answer),
     }
     longest = int(total.max())
+    warn_beyond_positions(min(longest, args.max_len), limit)
+    if args.validation_split > 0:
+        check_share(len(total), args.validation_split)
+    num_trained = len(total) - count_held_out(len(total), args.validation_split)
     candidates = []
     for max_len in list_max_lens(longest, limit):
         candidates.append(measure_max_len(encoded["train"], max_len, args))
@@ -202,7 +222,7 @@ def measure(args, argv: list[str]) -> dict:
     stats["suggestion"] = {
         "max_len": chosen,
         "reason": explain_choice(candidates, len(total), longest),
-        "command": make_command(argv, args, chosen, len(total)),
+        "command": make_command(argv, args, chosen, num_trained),
     }
     stats["histogram"] = make_histogram(total)
     return stats

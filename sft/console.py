@@ -43,6 +43,7 @@ def split_columns(text: str, num_columns: int) -> list[str]:
 
 def quiet_libraries() -> None:
     """Silence what libraries say about their own affairs; whatever fails still raises."""
+    import datasets
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -50,7 +51,7 @@ def quiet_libraries() -> None:
     is_first_process = os.environ.get("RANK", "0") == "0"
     if not sys.stderr.isatty() or not is_first_process:
         transformers.utils.logging.disable_progress_bar()
-        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        datasets.disable_progress_bars()
 
 
 # ---- A console that goes away -------------------------------------------------------------------

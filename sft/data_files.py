@@ -48,12 +48,12 @@ RAW_SCHEMA = pa.schema(
 
 
 # ---- Which files are read -----------------------------------------------------------------------
-def find_data_files(data_path: list[str]) -> dict[str, list[Path]]:
+def find_data_files(data_path: list[str], validation_split: float = 0) -> dict[str, list[Path]]:
     """Return {"train": files} and, where there are any, {"validation": files}.
 
     One file alone is trained. Of several, and in a folder, the names decide. Test files are
     validation files where there are no others. Prints which files of a folder are not read. Raises
-    UserError.
+    UserError, also for validation files where a share of the train rows is to be drawn.
     """
     if not data_path or "" in data_path:
         raise UserError("--data_path is empty; it names files or folders")
@@ -81,6 +81,11 @@ def find_data_files(data_path: list[str]) -> dict[str, list[Path]]:
         say(f"not read   {', '.join(printable(str(path)) for path in not_read)}")
     if not found["validation"]:
         return {"train": found["train"]}
+    if validation_split > 0:
+        raise UserError(
+            f"--validation_split: {found['validation'][0]} is a validation file; leave the share "
+            "out, or name the files to train alone: --data_path FOLDER/FILE"
+        )
     return {"train": found["train"], "validation": found["validation"]}
 
 
@@ -214,12 +219,26 @@ def read_file(path: Path) -> Iterator[tuple[int, str, str]]:
         elif first_bytes.removeprefix(BOM).lstrip().startswith(b"["):
             yield from read_json_array(path)
         else:
+            check_first_line(path, first_bytes)
             yield from read_json_lines(path)
 
 
 def read_first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(1000)
+
+
+def check_first_line(path: Path, first_bytes: bytes) -> None:
+    """Raise UserError where the first line only opens a value that other lines go on with.
+
+    Some of those lines may be rows by themselves, and --skip_bad_rows would train them alone.
+    """
+    line, newline, _ = first_bytes.removeprefix(BOM).lstrip().partition(b"\n")
+    if newline and line.startswith(b"{") and line.rstrip().endswith((b"{", b"[")):
+        raise UserError(
+            f"{path}: is one JSON object over several lines; write each row on a line of its own, "
+            "or all rows as an array: [...]"
+        )
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -229,9 +229,10 @@ def select_examples(
         num_rows=len(encoded),
         num_trained=len(indices),
         num_held_out=0,
-        num_dropped=np.count_nonzero(is_dropped),
-        num_rejected=np.count_nonzero(num_tokens == 0),
-        num_cut=np.count_nonzero(num_tokens[indices] > max_len),
+        # json writes Python's numbers only.
+        num_dropped=int(np.count_nonzero(is_dropped)),
+        num_rejected=int(np.count_nonzero(num_tokens == 0)),
+        num_cut=int(np.count_nonzero(num_tokens[indices] > max_len)),
         answer_tokens=int(answer_tokens.sum()),
         trained_tokens=int(kept_tokens.sum()),
         held_out_tokens=0,
@@ -294,14 +295,8 @@ def check_lengths(encoded: datasets.Dataset, paths: list[Path], max_len: int) ->
 
 def split_examples(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """Return (train, validation): a share of the examples, drawn by the seed, is not trained."""
-    num_held_out = 0
-    if 0 < share < 1:
-        num_held_out = round(share * len(examples))
-    if not 0 < num_held_out < len(examples):
-        raise UserError(
-            f"--validation_split {share} of {len(examples)} rows leaves no row to train or none to "
-            "evaluate; give a share between 0 and 1, or a file of validation rows"
-        )
+    check_share(len(examples), share)
+    num_held_out = count_held_out(len(examples), share)
     order = np.random.default_rng(seed).permutation(len(examples))
     held_out = np.sort(order[:num_held_out])
     trained = np.sort(order[num_held_out:])
@@ -323,6 +318,21 @@ def split_examples(examples: Examples, share: float, seed: int) -> tuple[Example
     )
     train = take_examples(examples, trained, train_counts)
     return train, take_examples(examples, held_out, validation_counts)
+
+
+def check_share(num_examples: int, share: float) -> None:
+    """Raise UserError where a share of the examples is none or all of them."""
+    if 0 < share < 1 and 0 < count_held_out(num_examples, share) < num_examples:
+        return
+    raise UserError(
+        f"--validation_split {share} of {num_examples} rows leaves no row to train or none to "
+        "evaluate; give a share between 0 and 1, or a file of validation rows"
+    )
+
+
+def count_held_out(num_examples: int, share: float) -> int:
+    """Return how many of the examples are drawn for validation."""
+    return round(share * num_examples)
 
 
 def take_examples(examples: Examples, numbers: np.ndarray, counts: Counts) -> Examples:

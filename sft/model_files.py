@@ -18,7 +18,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 QWEN2 = "a Qwen2 or Qwen2.5 model"
 
 # Conversations that show what a chat template does. The last two hold what some templates treat
-# in a way of their own: thoughts, and control tokens spelled in a text.
+# in a way of their own: thoughts, in the last answer and before it, and control tokens spelled in
+# a text.
 TEMPLATE_PROBES = [
     [
         {"role": "system", "content": "S 1"},
@@ -31,6 +32,8 @@ TEMPLATE_PROBES = [
         {"role": "system", "content": "S 1"},
         {"role": "user", "content": "Q"},
         {"role": "assistant", "content": "<think>\nthoughts\n</think>\n\nA"},
+        {"role": "user", "content": "Q 2"},
+        {"role": "assistant", "content": "<think>\n\n</think>\n\nA 2"},
     ],
     [
         {"role": "system", "content": "S 1"},
@@ -126,6 +129,23 @@ def check_vocabulary(config, name_or_path: str, largest_id: int) -> None:
         f"{config.vocab_size} rows: tokenizer and model are not of one model; "
         "fetch the files of both again"
     )
+
+
+def count_positions(config) -> int:
+    """Return how many tokens of a text a model takes, by its config."""
+    rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    stretched = int(original * rope.get("factor", 1))  # YaRN's factor
+    return max(config.max_position_embeddings, stretched)
+
+
+def warn_beyond_positions(longest: int, num_positions: int) -> None:
+    """Say where an example is longer than what the model takes: it is trained all the same."""
+    if longest > num_positions:
+        say(
+            f"warning    the longest example has {longest:,} tokens, and the model takes "
+            f"{num_positions:,}; --max_len {num_positions}"
+        )
 
 
 def digest_model(name_or_path: str) -> str:

@@ -39,6 +39,7 @@ OTHER_FILES = {
 # What is done with a run, and what only one machine knows: no part of what a run is.
 ACTIONS = {"resume", "dry_run", "export"}
 PLACES = {"model_name_or_path", "data_path", "output_dir"}
+DIGESTS = {"model", "train_examples", "validation_examples"}
 LENGTH_OF_RUN = {"num_train_epochs", "max_steps", "num_steps"}
 
 
@@ -72,6 +73,8 @@ def describe_progress(output_dir: Path) -> str:
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise UserError unless the files of a checkpoint have the sizes that were saved."""
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: there is no such checkpoint")
     try:
         saved = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -165,6 +168,9 @@ def find_changes(old: dict, new: dict) -> list[str]:
 def describe_changes(names: list[str], old: dict, new: dict, word: str = "now") -> str:
     changes = []
     for name in names:
+        if name in DIGESTS:
+            changes.append(f"{name} has other content {word}")
+            continue
         changes.append(f"{name} was {old.get(name)!r}, {word} {new.get(name)!r}")
     return "; ".join(changes)
 
@@ -178,14 +184,22 @@ def check_fingerprint(output_dir: Path, old: dict, new: dict) -> None:
     sentence += describe_changes(names, old, new)
     has_model = (output_dir / "config.json").exists()
     if has_model and set(names) <= LENGTH_OF_RUN:
-        sentence += (
-            f"; to train its model further: --model_name_or_path {output_dir} "
-            f"--output_dir {suggest_output_dir(output_dir)}"
-        )
-        if "num_train_epochs" in names:
-            num_more_epochs = new["num_train_epochs"] - old["num_train_epochs"]
-            sentence += f" --num_train_epochs {num_more_epochs:g}"
+        sentence += suggest_further_training(output_dir, names, old, new)
     raise UserError(sentence)
+
+
+def suggest_further_training(output_dir: Path, names: list[str], old: dict, new: dict) -> str:
+    """Return how the model of a run that has ended is trained for what the new run adds to it."""
+    if "num_steps" not in names or new["num_steps"] <= old["num_steps"]:
+        return ""
+    length = f"--max_steps {new['num_steps'] - old['num_steps']}"
+    if "num_train_epochs" in names and "max_steps" not in names:
+        length = f"--num_train_epochs {new['num_train_epochs'] - old['num_train_epochs']:g}"
+    return (
+        "; to train its model further, with a new schedule of the learning rate, leave out "
+        f"--resume, and set --model_name_or_path {output_dir} "
+        f"--output_dir {suggest_output_dir(output_dir)} {length}"
+    )
 
 
 def compare_processes(settings: dict, world_size: int) -> None:

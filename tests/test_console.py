@@ -84,6 +84,16 @@ def test_a_line_reaches_a_pipe_at_once():
         assert process.stdout.readline() == b"first\n"
 
 
+def test_progress_is_shown_on_a_terminal_only():
+    code = (
+        "import datasets; from sft.console import quiet_libraries; quiet_libraries(); "
+        "datasets.Dataset.from_dict({'a': [1]}).map(lambda row: row)"
+    )
+    environment = dict(os.environ)
+    environment.pop("HF_DATASETS_DISABLE_PROGRESS_BARS")
+    assert run(code, env=environment, stderr=subprocess.PIPE).stderr == b""
+
+
 def test_what_a_terminal_would_obey_is_escaped():
     assert printable("\x1b[31mred\x07\x9b") == r"\x1b[31mred\x07\x9b"
     assert printable("a\rb") == r"a\rb"

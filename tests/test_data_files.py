@@ -426,6 +426,18 @@ def test_a_row_with_fewer_fields_than_the_header(read):
             b'["q"]\n' + LINE,
             "text after the end of its array",
         ),
+        case(
+            "rows within an object",
+            "train.json",
+            b'{"data": [\n{"query": "q"},\n' + LINE + b"]}",
+            "is one JSON object over several lines",
+        ),
+        case(
+            "objects over lines",
+            "train.jsonl",
+            b'{\n"query": "q"\n}\n' + LINE,
+            "is one JSON object over several lines",
+        ),
         case("deep array", "train.json", b"[" * 200_000, "row 1 is broken JSON"),
         case("a long number", "train.json", b"[" + b"9" * 10_000 + b"]", "row 1 is broken JSON"),
         case("gbk array", "train.json", '[{"query": "你好"}]'.encode("gbk"), "is not UTF-8"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -767,6 +768,12 @@ def test_the_seed_draws_them(select):
     drawn = [sources(split_examples(chosen, 0.1, seed)[1]) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
+
+
+def test_counts_are_numbers_that_json_writes(select):
+    train, validation = split_examples(select(numbered(50)), 0.1, seed=1)
+    for counts in (train.counts, validation.counts):
+        assert json.loads(json.dumps(asdict(counts))) == asdict(counts)
 
 
 def test_rows_drawn_for_validation_are_counted(select):

@@ -164,6 +164,30 @@ def test_a_token_beyond_the_embedding():
         model_files.check_vocabulary(config, "m", 100)
 
 
+def test_a_token_beyond_the_embedding_in_a_validation_row(copy_of_model, write_rows, run_main):
+    tokenizer = model_files.load_tokenizer(str(copy_of_model))
+    tokenizer.add_tokens([f"<word {i}>" for i in range(1000)])
+    tokenizer.save_pretrained(copy_of_model)
+    train = write_rows([{"query": "q", "answer": "a"}])
+    validation = write_rows([{"query": "q", "answer": "<word 999>"}], "validation.jsonl")
+    words = ["--model_name_or_path", copy_of_model, "--data_path", train, validation, "--dry_run"]
+    code, _, err = run_main(*words, "--use_cpu")
+    assert code == 1
+    assert "its embedding has 3072 rows" in err
+
+
+def test_more_tokens_than_the_model_takes_are_a_warning(model_dir, capsys):
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    config.max_position_embeddings = 1000
+    model_files.warn_beyond_positions(1000, model_files.count_positions(config))
+    assert capsys.readouterr().out == ""
+    model_files.warn_beyond_positions(1001, model_files.count_positions(config))
+    assert "has 1,001 tokens, and the model takes 1,000; --max_len" in capsys.readouterr().out
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 1000}
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "yarn", **yarn}
+    assert model_files.count_positions(config) == 4000
+
+
 def test_the_digest_of_a_model_is_of_what_it_is(model_dir, copy_of_model, monkeypatch):
     digest = model_files.digest_model(str(model_dir))
     assert model_files.digest_model(f"{copy_of_model}/") == digest
@@ -239,6 +263,14 @@ TEMPLATES = {
     "lacks the last newline": (AS_IT_IS + "{% endfor %}" + PROMPT, "does not write turns"),
     "removes thoughts": (
         TURN.replace("CONTENT", "m['content'].split('</think>')[-1]") + END + PROMPT,
+        "does not write turns",
+    ),
+    "removes earlier thoughts": (
+        TURN.replace(
+            "CONTENT", "(m['content'] if loop.last else m['content'].split('</think>')[-1])"
+        )
+        + END
+        + PROMPT,
         "does not write turns",
     ),
     "starts by thinking": (

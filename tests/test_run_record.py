@@ -168,6 +168,11 @@ def test_a_checkpoint_that_cannot_be_compared_is_kept(stopped):
         assert "remove" not in str(error.value)
 
 
+def test_a_checkpoint_that_is_not_there(stopped):
+    with pytest.raises(UserError, match="checkpoint-9: there is no such checkpoint"):
+        run_record.check_checkpoint(stopped / "checkpoint-9")
+
+
 def test_a_note_in_a_checkpoint_does_no_harm(stopped):
     (stopped / "checkpoint-12" / "note").write_text("the good one")
     assert open_run(stopped, resume=True)
@@ -214,11 +219,23 @@ def test_more_epochs_of_a_run_that_has_ended(stopped):
     with pytest.raises(UserError) as error:
         open_run(stopped, longer, resume=True)
     assert "num_train_epochs was 1.0, now 3.0" in str(error.value)
+    assert "leave out --resume" in str(error.value)
     expected = f"--model_name_or_path {stopped} --output_dir {stopped}/b --num_train_epochs 2"
     assert expected in str(error.value)
-    with pytest.raises(UserError) as error:
-        open_run(stopped, {**longer, "precision": "fp16"}, resume=True)
-    assert "to train its model further" not in str(error.value)
+    with pytest.raises(UserError, match=r"--max_steps 8$"):
+        open_run(stopped, {**FINGERPRINT, "num_steps": 12}, resume=True)
+    shorter = {**FINGERPRINT, "num_train_epochs": 0.5, "num_steps": 2}
+    for other in (shorter, {**longer, "precision": "fp16"}):
+        with pytest.raises(UserError) as error:
+            open_run(stopped, other, resume=True)
+        assert "to train its model further" not in str(error.value)
+
+
+def test_other_content_is_said_without_its_digest(tmp_path):
+    open_run(tmp_path, {"model": "0123"})
+    add_checkpoint(tmp_path, 4)
+    with pytest.raises(UserError, match=r"model has other content now$"):
+        open_run(tmp_path, {"model": "4567"}, resume=True)
 
 
 class Gathered:

@@ -192,6 +192,22 @@ def test_rows_that_are_lost_are_in_no_step(measure_rows):
     assert at(stats, 1024)["steps_per_epoch"] == 3
 
 
+def test_rows_drawn_for_validation_are_in_no_step(measure_rows):
+    sizes = [(60, 9)] * 9
+    assert at(measure_rows(*sizes, **STEP_OF_FOUR), 512)["steps_per_epoch"] == 3
+    stats = measure_rows(*sizes, **STEP_OF_FOUR, validation_split=0.12)
+    assert at(stats, 512)["steps_per_epoch"] == 2
+
+
+@pytest.mark.parametrize("names", [["train.jsonl"], ["train.jsonl", "validation.jsonl"]])
+def test_a_validation_split_that_the_trainer_refuses(write_rows, names):
+    """A share of one row is none, and a validation file leaves no share to draw."""
+    files = [write_rows([GOOD], name) for name in names]
+    code, _, err = run("--data_path", *files, "--validation_split", "0.1")
+    assert code == 1
+    assert "error: --validation_split" in err
+
+
 # ---- The suggestion -----------------------------------------------------------------------------
 def test_the_suggested_command_is_understood_by_the_trainer(stats_of_data):
     words = shlex.split(stats_of_data["suggestion"]["command"])
@@ -259,6 +275,8 @@ def test_no_max_len_beyond_what_the_model_takes_is_suggested(
     assert [candidate["max_len"] for candidate in stats["max_lens"]] == [512, 700]
     assert stats["suggestion"]["max_len"] == 700
     assert stats["suggestion"]["reason"].startswith("the most this model takes; longest row: 800")
+    _, _, err = run("--data_path", path, model=model_of_700_tokens)
+    assert "has 800 tokens, and the model takes 700; --max_len 700" in err
 
 
 def test_a_tokenizer_alone_is_enough(tiny_tokenizer, tmp_path, write_rows):
