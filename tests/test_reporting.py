@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+import sft_qwen2
 from sft import reporting
 from sft.errors import UserError
 
@@ -457,6 +458,15 @@ def test_a_resumed_run_is_the_same_wandb_run(fake_wandb, tmp_path):
         assert run_id == "abc"
     assert fake_wandb.inits[0]["id"] == "abc"
     assert fake_wandb.inits[0]["resume"] == "allow"
+
+
+def test_the_id_of_a_wandb_run_is_kept_for_a_resume(fake_wandb, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"fingerprint": {}, "versions": [{}]}))
+    for resume in (False, True):
+        args = SimpleNamespace(resume=resume, output_dir=str(tmp_path))
+        with sft_qwen2.recorded_wandb_run(args, wandb_arguments(tmp_path)):
+            pass
+    assert [options["id"] for options in fake_wandb.inits] == [None, "new-id"]
 
 
 def test_a_failed_run_is_marked_failed(fake_wandb, tmp_path):

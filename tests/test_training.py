@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import transformers
-from runs import ROOT, read_logs, train, watch
+from runs import ROOT, make_model, read_logs, run_main, train, watch
 from runs import argv as make_argv
 
 import sft_qwen2
@@ -54,6 +54,37 @@ def assert_same_training(run, other) -> None:
     assert run.read_losses() == pytest.approx(other.read_losses(), rel=1e-5, abs=1e-5)
     for mine, theirs in zip(run.trainer.model.parameters(), other.trainer.model.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ---- What is brought ----------------------------------------------------------------------------
+TURNS = [
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "one"},
+    {"role": "user", "content": "second"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+def test_a_plan_says_what_is_trained_and_warns(write_rows, tmp_path):
+    model_dir = make_model(tmp_path, max_position_embeddings=8)
+    path = write_rows([{"messages": TURNS}])
+    write_rows([{"messages": TURNS}], "validation.jsonl").rename(path.with_name("validation.jsonl"))
+    words = ["--model_name_or_path", model_dir, "--data_path", path.parent, "--train_on", "last"]
+    code, out, err = run_main(*words, "--dry_run", "--use_cpu")
+    assert code == 0, err
+    assert re.findall("⟦(.*?)⟧", out) == ["two<|im_end|>"]
+    assert "1 of 1 validation rows are training rows" in out
+    assert "and the model takes 8; --max_len 8" in out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_model_under_another_name(write_rows, tmp_path):
+    model_dir = make_model(tmp_path / "model")
+    path = write_rows([{"messages": TURNS}])
+    flags = {"max_steps": 1, "save_steps": 1}
+    train(model_dir, path, tmp_path / "run", **flags)
+    moved = model_dir.rename(tmp_path / "moved")
+    assert "nothing more" in train(moved, path, tmp_path / "run", **flags, resume=True).out
 
 
 # ---- The budget law, and every step by hand -----------------------------------------------------
