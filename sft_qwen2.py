@@ -24,7 +24,8 @@ What happens when ...
     a loss or a gradient is not finite
                          the run stops before the weights change, and names the step's examples
                          (fp16 skips up to 20 such steps in a row, while its loss scale falls)
-    Ctrl-C, SIGTERM      while it trains, the run saves a checkpoint after the step and stops
+    Ctrl-C, SIGTERM      while it trains, the run saves a checkpoint after the step and stops;
+                         an evaluation is left, and made again by --resume
     the disk is full     the checkpoint is lost, earlier ones are whole, training goes on
                          (sft/checkpoints.py); the export is tried again while nothing else has
                          the model
@@ -740,6 +741,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             num_gpus = len(plan.devices.names)
         self.throughput = Throughput(num_gpus)
         self.current_examples = []  # of this step, for error messages
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Return the loader of steps. All processes get the same examples."""
@@ -816,11 +819,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         self.begin_gradients()
         local_loss = torch.zeros((), device=self.args.device)
         if self.pipeline is not None:
-            for window in cut_windows(micro_batches, self.window_tokens):
-                self.choose_checkpointing(sum(sum(batch["seq_lens"]) for batch in window))
-                scaler = self.accelerator.scaler
-                for loss in self.pipeline.run(window, divisor, backward=True, scaler=scaler):
-                    local_loss += loss.to(local_loss.device)
+            for loss in self.run_windows(micro_batches, divisor, backward=True):
+                local_loss += loss.to(local_loss.device)
             return local_loss
         for number, micro_batch in enumerate(micro_batches, 1):
             self.choose_checkpointing(sum(micro_batch["seq_lens"]))
@@ -835,6 +835,19 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
                 self.accelerator.backward(output["loss"])
             local_loss += output["loss"].detach()
         return local_loss
+
+    def run_windows(self, micro_batches: list[dict], divisor: float, backward: bool) -> list:
+        """Return the losses of micro-batches that several GPUs work on at once.
+
+        Inputs of a window are on the GPUs before its first turn, and those of the next one are not:
+        rotations of all positions of a step could take half a GiB.
+        """
+        losses = []
+        for window in cut_windows(micro_batches, self.window_tokens):
+            self.choose_checkpointing(sum(sum(batch["seq_lens"]) for batch in window))
+            placed = [self.pipeline.place(batch) for batch in window]
+            losses += self.pipeline.run(placed, divisor, backward, self.accelerator.scaler)
+        return losses
 
     def choose_checkpointing(self, num_tokens: int) -> None:
         """Recompute layers in the backward pass only where memory asks for it.
@@ -860,7 +873,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             )
             largest = max(sum(micro_batch["seq_lens"]) for micro_batch in micro_batches)
             try:
-                micro_batches = [self.place(batch) for batch in micro_batches]
+                if self.pipeline is None:
+                    micro_batches = [self._prepare_inputs(batch) for batch in micro_batches]
                 return work(micro_batches, num_trained_tokens)
             except torch.OutOfMemoryError:
                 pass
@@ -868,12 +882,6 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             self.model_wrapped.zero_grad()
             torch.cuda.empty_cache()
             self.lower_memory_limits(largest, max(len(x["input_ids"]) for x in examples))
-
-    def place(self, micro_batch: dict) -> dict:
-        """Return the micro-batch with its tensors on the devices that need them."""
-        if self.pipeline is not None:
-            return self.pipeline.place(micro_batch)
-        return self._prepare_inputs(micro_batch)
 
     def lower_memory_limits(self, num_tokens: int, longest: int) -> None:
         """Put fewer micro-batches in flight, or halve tokens_per_forward, or recompute all layers.
@@ -933,7 +941,10 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
-        """Log and return {"eval_loss"}: the mean over all trained tokens of the examples."""
+        """Log and return {"eval_loss"}: the mean over all trained tokens of the examples.
+
+        After a signal nothing is logged, {} is returned, and training ends.
+        """
         examples = self.eval_dataset
         if eval_dataset is not None:
             examples = eval_dataset
@@ -943,8 +954,10 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         starts = range(0, len(examples), self.examples_per_step)
         is_quiet = not sys.stderr.isatty() or not self.is_world_process_zero()
         for start in tqdm.tqdm(starts, "evaluation", leave=False, disable=is_quiet):
-            stop = min(start + self.examples_per_step, len(examples))
-            chosen = [examples[index] for index in range(start, stop)]
+            if self.stop.is_requested(self.args):
+                return self.leave_evaluation()
+            end = min(start + self.examples_per_step, len(examples))
+            chosen = [examples[index] for index in range(start, end)]
             part_sum, part_tokens = self.run_until_it_fits(self.sum_losses, chosen)
             loss_sum += part_sum
             num_trained_tokens += part_tokens
@@ -955,6 +968,14 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def leave_evaluation(self) -> dict:
+        """End the run without this evaluation. A resumed run begins with it."""
+        if self.state.global_step == 0:
+            raise KeyboardInterrupt  # There is nothing to save.
+        self.control.should_save = True
+        self.control.should_training_stop = True
+        return {}
 
     def is_evaluated(self) -> bool:
         """Return whether the last eval_loss in the log is that of the weights as they are."""
@@ -970,9 +991,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         """Return (summed loss of this process, num_trained_tokens of all), without gradients."""
         loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
         if self.pipeline is not None:
-            for window in cut_windows(micro_batches, self.window_tokens):
-                for loss in self.pipeline.run(window, divisor=1, backward=False):
-                    loss_sum += loss.to(loss_sum.device)
+            for loss in self.run_windows(micro_batches, divisor=1, backward=False):
+                loss_sum += loss.to(loss_sum.device)
             return loss_sum, num_trained_tokens
         with torch.no_grad(), self.accelerator.autocast():
             for micro_batch in micro_batches:
@@ -1114,7 +1134,7 @@ def make_trainer(
 ) -> SFTTrainer:
     """Return the trainer with its model. Raise UserError where the model cannot be loaded."""
     precision = plan.precision
-    check_optimizer(precision.optim, training_args.device.type, training_args.world_size)
+    check_optimizer(precision.optim, training_args.device.type)
     model = load_weights(
         Qwen2ForCausalLM,
         args.model_name_or_path,
@@ -1160,19 +1180,17 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     if trainer.args.should_save:
         rehearse_export(trainer.output_dir, trainer.model, tokenizer, export_dtype)
     run_lines = set_up_reporting(trainer)
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
     end_id = tokenizer.convert_tokens_to_ids(IM_END)
     questions = choose_questions(trainer.eval_dataset, end_id, trainer.is_fsdp_enabled)
     answers_before = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
 
-    with stop:
+    with trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
-        is_stopped = stop.is_requested(trainer.args)
+        is_stopped = trainer.stop.is_requested(trainer.args)
     if is_stopped:
         progress = describe_progress(trainer.output_dir)
         say(f"stopped    after step {trainer.state.global_step}; {progress}")
-        return 128 + stop.signal_number
+        return 128 + trainer.stop.signal_number
 
     trainer.export(export_dtype)
     if trainer.eval_dataset is not None and not trainer.is_evaluated():

@@ -73,6 +73,7 @@ METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.serialization", "_get_layout"),
 }
+STATE = "trainer_state.json"
 FAILURES = (Exception, CheckpointException)  # torch derives the latter from BaseException
 RETRY_S = 60  # between two tries to write a model that nothing else holds
 MAX_WAIT_S = 3600
@@ -141,6 +142,8 @@ class CheckpointTrainer(Trainer):
         self.output_dir = Path(self.args.output_dir)
         self.is_resuming = False  # until the first resumed step begins
         self.last_saved_step = None
+        self.evaluation_is_due = False  # a resumed run was stopped in the evaluation of its step
+        self.has_ended = False
         # state's best_metric, best_global_step and best_model_checkpoint as of the last whole save
         self.saved_best = (None, None, None)
 
@@ -169,7 +172,8 @@ class CheckpointTrainer(Trainer):
         Where that fails in any process, all go on without this checkpoint.
         """
         step = self.state.global_step
-        if self.last_saved_step == step:  # a signal and the end of an epoch ask for the same
+        if self.last_saved_step == step:
+            self.renew_state()
             return
         self.check_weights()
         self.store_flos()
@@ -218,13 +222,35 @@ class CheckpointTrainer(Trainer):
         """Add Trainer's state and the manifest, wait for the disk, and rename the folder."""
         if not self.args.should_save:
             return
+        self.write_state(folder)
+        sync_files(folder)
+        sizes = measure_files(folder)
+        sizes[STATE] = None  # it is renewed after an evaluation
+        replace_text(folder / MANIFEST, json.dumps(sizes, indent=1) + "\n")
+        os.replace(folder, checkpoint)
+
+    def write_state(self, folder: Path) -> None:
+        """Write Trainer's state and those of its callbacks."""
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        sync_files(folder)
-        replace_text(folder / MANIFEST, json.dumps(measure_files(folder), indent=1) + "\n")
-        os.replace(folder, checkpoint)
+        self.state.save_to_json(str(folder / f"{STATE}.new"))
+        os.replace(folder / f"{STATE}.new", folder / STATE)
+
+    def renew_state(self) -> None:
+        """Write the state of a step that is saved already, and was evaluated since then."""
+        checkpoint = self.output_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
+        self.keep_best()
+        if not self.args.should_save:
+            return
+        try:
+            self.write_state(checkpoint)
+        except OSError as error:
+            say(f"{checkpoint} lacks its evaluation: {describe(error)}", sys.stderr)
+        self.remove_old_checkpoints()
+        remove_aside(self.output_dir)
 
     def remove_old_checkpoints(self) -> None:
         """Remove the oldest checkpoints beyond save_total_limit, but the best and the last one."""
@@ -255,10 +281,44 @@ class CheckpointTrainer(Trainer):
                 "or begin anew with a lower --learning_rate"
             )
 
+    # ---- Evaluating ----
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict:
+        """Evaluate as Trainer does. What is to be saved is saved before.
+
+        So a run that ends in a long evaluation has lost no step. A resumed run evaluates again.
+        """
+        if self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, trial)
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Prepare and load all, as Trainer does, and evaluate where that is due."""
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.evaluation_is_due:
+            self.control.should_save = True
+            self.control.should_training_stop = False  # the signal was for the run before
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics)
+            self.renew_state()
+            self.has_ended = self.control.should_training_stop
+        return prepared
+
+    def _run_epoch(self, **options) -> None:
+        """Train an epoch as Trainer does, unless the evaluation before has ended the run."""
+        if self.has_ended:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
+
     # ---- The best checkpoint ----
     def _determine_best_metric(self, metrics: dict[str, float], trial=None) -> bool:
-        """Return whether this step is the best one; only a step that is saved can be."""
-        if not self.control.should_save:
+        """Return whether this step is the best one; only a step that is saved can be.
+
+        An evaluation that a signal has ended has no metrics.
+        """
+        if not self.control.should_save or not metrics:
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -365,6 +425,8 @@ class CheckpointTrainer(Trainer):
         if checkpoint is not None:
             # Trainer would go on with the intervals of the run that was stopped.
             self.state.compute_steps(self.args, max_steps)
+            control = self.state.stateful_callbacks["TrainerControl"]["args"]
+            self.evaluation_is_due = control["should_evaluate"]
             self.find_best()
             self.last_saved_step = self.state.global_step
         self.keep_best()

@@ -82,7 +82,10 @@ def check_checkpoint(checkpoint: Path) -> None:
             f"{checkpoint}: its {MANIFEST} cannot be read, put it back as it was: {error}"
         ) from error
     found = measure_files(checkpoint)
-    changed = [name for name in saved if found.get(name) != saved[name]]
+    changed = []
+    for name, size in saved.items():
+        if name not in found or (size is not None and found[name] != size):
+            changed.append(name)
     if changed:
         raise UserError(
             f"{checkpoint}: not as it was saved: {', '.join(changed)}; "

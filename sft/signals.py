@@ -58,7 +58,7 @@ class StopOnSignal(transformers.TrainerCallback):
         self.signal_number = number
         name = signal.Signals(number).name
         with suppress(RuntimeError):  # the signal came in the middle of another line
-            say(f"{name}: saving after this step or evaluation; a second one stops unsaved")
+            say(f"{name}: saving after this step; a second one stops at once, unsaved")
         time.sleep(REPEATS_S)
         self.handle_signals(signal.SIG_DFL)
 
@@ -74,6 +74,11 @@ class StopOnSignal(transformers.TrainerCallback):
         if self.is_requested(args):
             control.should_save = True
             control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Trainer takes a stop for the end of an epoch, which would be evaluated."""
+        if self.is_requested(args) and not float(state.epoch).is_integer():
+            control.should_evaluate = False
 
 
 @contextmanager
