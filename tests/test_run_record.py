@@ -229,6 +229,11 @@ def test_more_epochs_of_a_run_that_has_ended(stopped):
         with pytest.raises(UserError) as error:
             open_run(stopped, other, resume=True)
         assert "to train its model further" not in str(error.value)
+    record = read(stopped)
+    del record["fingerprint"]["num_steps"]  # as a version that had no such entry
+    (stopped / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"now 3\.0$"):
+        open_run(stopped, longer, resume=True)
 
 
 def test_other_content_is_said_without_its_digest(tmp_path):
