@@ -3,14 +3,19 @@
     pip install pytest trl==1.16.0 liger-kernel
     python benchmarks/gpu.py [--tiny] [--minutes 8.5] [--out FILE] [--show FILE]
 
-First the numerics: tests/test_attention_and_loss.py compares attention, loss and model on this
-device with fp64. Then a 7B with random weights, made on the GPU: no checkpoint, data or network is
-needed. Examples are random tokens with the lengths of GSM8K (short: 100 to 500, mean 215, two
-thirds trained) and long ones (4,113 to 8,001, mean 5,017, half trained). All contenders take the
-same examples in the same order, as many to a step, in bf16, with 8-bit AdamW, stochastic rounding,
-and gradient checkpointing switched on:
+First the numerics. tests/test_attention_and_loss.py compares attention, loss and model on this
+device with fp64. A small fp16 run is resumed, beside the run that was not stopped. A 0.5B trains
+with AdamW's state and gradients in host memory, beside the same on the GPU: no bit may differ.
+
+Then a 7B with random weights, made on the GPU: no checkpoint, data or network is needed. Examples
+are random tokens with the lengths of GSM8K (short: 100 to 500, mean 215, two thirds trained) and
+long ones (4,113 to 8,001, mean 5,017, half trained). All contenders take the same examples in the
+same order, as many to a step, in bf16, with 8-bit AdamW, stochastic rounding, and gradient
+checkpointing switched on:
 
     this trainer                    as it is: no checkpointing where its plan has the memory
+    this trainer, 23 GiB            short ones only, on a GPU that is made as small as one of 24 GB:
+                                    AdamW's state and gradients are in host memory
     this trainer, compiled          the same; torch.compile of each layer's MLP and norms
     this trainer, all checkpointed  micro-batches of at most 32,768 tokens
     TRL                             SFTTrainer, padded batches: of 4 or 16 short ones, of 1 long one
@@ -21,7 +26,8 @@ those of the examples, not of padding. MFU is sft.step_time.training_flops over 
 peak. What is recomputed is not in it, but in "layer passes". "Peak" is the most that was allocated
 in the timed steps, "reserved" what the allocator took for it, "planned" the formula for the largest
 micro-batch. A run whose first-step loss differs by over 1e-3, or that trains another number of
-tokens, is VOID.
+tokens, is VOID. After its runs, "this trainer" saves a checkpoint and answers 40 questions: their
+time, bytes and memory are measured, too.
 
 It ends within --minutes. What was measured until then is in benchmarks/results/<GPU>.json, and
 --show prints the tables of such a file. Exit code 1: something is wrong, VOID, or broke. Without a
@@ -35,18 +41,20 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch_2_11  # noqa: F401  # before the script imports what this adds
+from compiled import compile_parts
 
 from throughput import (  # isort: skip
     LONG,
@@ -65,20 +73,32 @@ from throughput import (  # isort: skip
     options_of_others,
 )
 
+import forks
+import gpu_checks
 import runs
 import torch
 import transformers
 
+import sft.limits
 import sft_qwen2
 from sft.errors import UserError
-from sft.memory_model import QWEN2_SIZES, count_parameters, list_modules, peak_bytes
+from sft.memory_model import (
+    QWEN2_SIZES,
+    count_parameters,
+    list_modules,
+    peak_bytes,
+    pinned_host_bytes,
+)
 from sft.precision import Precision, choose_precision, name_format
 from sft.step_time import training_flops
 from sft.throughput import GIB, find_peak_tflops
 
 CONTENDERS = (
     "numerics",
+    "fp16 resumed",
+    "host memory",
     "this trainer",
+    "this trainer, 23 GiB",
     "TRL",
     "this trainer, compiled",
     "this trainer, all checkpointed",
@@ -90,10 +110,12 @@ PACKAGES = ("torch", "transformers", "accelerate", "torchao", "triton", "trl", "
 MIN_SECONDS = 30  # a contender is not started with less time left
 MESSAGE_LENGTH = 300
 NUMERICS = (
-    *(sys.executable, "-m", "pytest", "tests/test_attention_and_loss.py"),
-    *("-p", "torch_2_11"),
+    *("tests/test_attention_and_loss.py", "-p", "torch_2_11", "-p", "no:cacheprovider"),
+    "--assert=plain",  # plugins may be imported by now, and could not be rewritten
     *("--noconftest", "-s", "-q", "-k", "on_device or those_of_fp64", "-m"),
 )
+SMALL_GPU_GIB = 23
+ON_HOST = ("state", "gradients")
 NO_GPU = "no GPU: every path ran with a tiny model, and figures of speed and memory are missing"
 TINY_SIZES = {
     "hidden_size": 128,
@@ -123,6 +145,7 @@ class Setting:
     """What is run here."""
 
     device: str
+    is_tiny: bool
     config: transformers.Qwen2Config
     precision: Precision
     loads: dict[str, Load]
@@ -164,6 +187,7 @@ def find_setting(is_tiny: bool) -> Setting:
         loads = TINY_LOADS
     return Setting(
         device=device,
+        is_tiny=is_tiny or device == "cpu",
         config=transformers.Qwen2Config(**sizes, use_cache=False),
         precision=choose_precision(capability, False, "auto"),
         loads=loads,
@@ -254,21 +278,9 @@ def make_options(setting: Setting, load: Load, folder: str, batch_size: int) -> 
     }
 
 
-def compile_layers(model, device: str) -> None:
-    backend = "aot_eager"  # takes no minutes on the CPU
-    if device == "cuda":
-        backend = "inductor"
-    for layer in model.model.layers:
-        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            part.forward = torch.compile(part.forward, dynamic=True, backend=backend)
-
-
-def train_own(setting: Setting, load: Load, folder: str, contender: str) -> dict:
-    """Train with this trainer; return the figures."""
-    is_checkpointed = contender.endswith("all checkpointed")
-    flags = make_options(setting, load, folder, batch_size=4)
-    if is_checkpointed:
-        flags["tokens_per_forward"] = CHECKPOINTED_TOKENS
+def make_trainer(setting: Setting, load: Load, folder: str, **more_flags):
+    """Return (this trainer with random weights, its plan, its examples)."""
+    flags = {**make_options(setting, load, folder, batch_size=4), **more_flags}
 
     def make_random(model_class, *_, **__):
         return make_model(setting, model_class, "packed_attention")
@@ -277,10 +289,42 @@ def train_own(setting: Setting, load: Load, folder: str, contender: str) -> dict
     tokenizer = transformers.AutoTokenizer.from_pretrained(runs.TINY)
     with mock.patch.object(sft_qwen2, "load_weights", make_random):
         trainer, plan = make_own_trainer(setting.config, tokenizer, examples, flags)
+    return trainer, plan, examples
+
+
+def place(in_host_memory: tuple[str, ...]):
+    """Return a context in which the plan keeps just this in host memory."""
+    return mock.patch.object(sft.limits, "list_host_levels", lambda *_: [in_host_memory])
+
+
+def be_small_gpu(setting: Setting):
+    """Let this process have as much memory as a GPU of 24 GB, and return a context for its plan."""
+    if setting.device == "cpu":
+        return place(ON_HOST)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(SMALL_GPU_GIB * GIB / total)
+    free_and_total = (SMALL_GPU_GIB * GIB, total)
+    return mock.patch.object(torch.cuda, "mem_get_info", lambda *_: free_and_total)
+
+
+def train_own(setting: Setting, load: Load, folder: str, contender: str) -> dict:
+    """Train with this trainer; return the figures."""
+    is_checkpointed = contender.endswith("all checkpointed")
+    flags = {}
+    if is_checkpointed:
+        flags["tokens_per_forward"] = CHECKPOINTED_TOKENS
+    machine = nullcontext()
+    if contender.endswith("23 GiB"):
+        machine = be_small_gpu(setting)
+    with machine:
+        trainer, plan, examples = make_trainer(setting, load, folder, **flags)
     if is_checkpointed:
         trainer.max_tokens_without_checkpointing = 0
     if contender.endswith("compiled"):
-        compile_layers(trainer.model, setting.device)
+        backend = "aot_eager"  # takes no minutes on the CPU
+        if setting.device == "cuda":
+            backend = "inductor"
+        compile_parts(trainer.model, backend)
     ordered = list_in_order(examples, load.examples_per_step)
     found, batch_tokens = measure(trainer, load, ordered)
     planned_bytes = 0
@@ -291,6 +335,8 @@ def train_own(setting: Setting, load: Load, folder: str, contender: str) -> dict
         planned_bytes = max(planned_bytes, needed)
     found["planned_gib"] = planned_bytes / GIB
     found["free_gib"] = plan.devices.free_bytes[0] / GIB
+    if plan.in_host_memory:
+        found["host_gib"] = pinned_host_bytes(plan.job) / GIB
     return found
 
 
@@ -312,32 +358,126 @@ def train_trl(setting: Setting, load: Load, folder: str, batch_size: int, conten
     return found
 
 
+# ---- What is compared on small models, and measured beside the runs -----------------------------
+def train_small(setting: Setting, folder: str, in_host_memory: tuple[str, ...]):
+    """Train in this place; return (weights on the CPU, figures of host memory)."""
+    with place(in_host_memory):
+        trainer, plan, _ = make_trainer(setting, setting.loads["short"], folder)
+    trainer.train()
+    weights = {name: p.detach().cpu() for name, p in trainer.model.named_parameters()}
+    figures = {"asked_gib": pinned_host_bytes(plan.job) / GIB}
+    if in_host_memory:
+        figures["pinned_gib"] = trainer.optimizer.optimizer.pinned_memory.num_bytes / GIB
+    if setting.device == "cuda":
+        allocated = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+        figures["allocated_gib"] = allocated / GIB
+    return weights, figures
+
+
+def compare_places(setting: Setting, folder: str) -> list[dict]:
+    """Return how many weights of a 0.5B depend on where gradients and AdamW's state are.
+
+    Two runs in the same place say how many depend on nothing but the GPU's order of sums.
+    """
+    if not setting.is_tiny:
+        sizes = asdict(QWEN2_SIZES["Qwen2-0.5B"])
+        sizes["rope_parameters"] = setting.config.rope_parameters
+        setting = replace(setting, config=transformers.Qwen2Config(**sizes, use_cache=False))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    wanted, _ = train_small(setting, folder, ())
+    again, _ = train_small(setting, folder, ())
+    found, figures = train_small(setting, folder, ON_HOST)
+    same_way = gpu_checks.count_different(again, wanted)
+    other_way = gpu_checks.count_different(found, wanted)
+    name = "0.5B, weights that differ with state and gradients in host memory"
+    return [
+        {"name": name, "error": other_way, "limit": same_way},
+        {"what": "host memory of a 0.5B", "figures": figures},
+    ]
+
+
+def save_and_answer(setting: Setting, folder: str) -> list[dict]:
+    """Return what a save and the sample answers of a model take after a step."""
+    load = replace(setting.loads["short"], num_steps=0)  # one to warm up
+    trainer, plan, examples = make_trainer(setting, load, folder)
+    trainer.train()
+    return [
+        {"what": "a save", "figures": gpu_checks.measure_save(trainer, plan)},
+        {"what": "40 answers", "figures": gpu_checks.measure_answers(trainer, plan, examples)},
+    ]
+
+
 # ---- A contender's process ----------------------------------------------------------------------
+def print_result(result: dict) -> None:
+    print("\nRESULT " + json.dumps(result), flush=True)
+
+
 def report_run(run: dict, train, *args) -> None:
     """Print the result of train(*args) as a line of JSON, or why there is none."""
-    gc.collect()  # A trainer refers to itself: only now is the last one's memory free.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_memory()
     try:
         run.update(train(*args))
     except (torch.OutOfMemoryError, UserError) as error:
         run["error"] = " ".join(str(error).split())[:MESSAGE_LENGTH]
-    print("\nRESULT " + json.dumps(run), flush=True)
+    print_result(run)
+
+
+def free_memory() -> None:
+    gc.collect()  # A trainer refers to itself: only now is the last one's memory free.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def work(contender: str, setting: Setting) -> None:
     """Do a contender's runs."""
+    if contender == "numerics":
+        marker = "not gpu"
+        if setting.device == "cuda":
+            marker = "gpu"
+        import pytest  # which may be missing: see why_not
+
+        sys.exit(int(pytest.main([*NUMERICS, marker])))
     be_quiet()
+    if setting.device == "cpu" and contender in ("host memory", "this trainer, 23 GiB"):
+        forks.take_for_gpu("bf16", shard=False)
+        setting = replace(setting, precision=choose_precision((8, 0), False, "auto"))
     with tempfile.TemporaryDirectory() as folder:
-        for kind, load in setting.loads.items():
-            if not contender.startswith("TRL"):
-                run = {"examples": kind, "contender": contender}
-                report_run(run, train_own, setting, load, folder, contender)
-                continue
-            for batch_size in load.batch_sizes:
-                run = {"examples": kind, "contender": f"{contender}, {batch_size} at once"}
-                report_run(run, train_trl, setting, load, folder, batch_size, contender)
+        if contender == "fp16 resumed":
+            results = gpu_checks.resume_in_fp16(Path(folder), setting.device)
+        elif contender == "host memory":
+            results = compare_places(setting, folder)
+        else:
+            train_on_all_loads(contender, setting, folder)
+            results = []
+        if contender == "this trainer":
+            free_memory()
+            results = save_and_answer(setting, folder)
+        for result in results:
+            print_result(result)
+
+
+def train_on_all_loads(contender: str, setting: Setting, folder: str) -> None:
+    weights = name_format(setting.precision.weights)
+    for kind, load in setting.loads.items():
+        run = {"examples": kind, "contender": contender, "weights": weights}
+        if contender.endswith("23 GiB") and kind != "short":
+            continue
+        if not contender.startswith("TRL"):
+            report_run(run, train_own, setting, load, folder, contender)
+            continue
+        for batch_size in load.batch_sizes:
+            run = {**run, "contender": f"{contender}, {batch_size} at once"}
+            report_run(run, train_trl, setting, load, folder, batch_size, contender)
+
+
+def work_aside(log: str, contender: str, setting: Setting) -> None:
+    """Do a contender's runs, and write all that is printed into a file."""
+    file = os.open(log, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    work(contender, setting)
 
 
 # ---- All of them --------------------------------------------------------------------------------
@@ -353,54 +493,51 @@ def why_not(contender: str) -> str | None:
     return None
 
 
-def make_command(contender: str, is_tiny: bool) -> list[str]:
-    if contender == "numerics":
-        marker = "not gpu"
-        if torch.cuda.is_available():
-            marker = "gpu"
-        return [*NUMERICS, marker]
-    command = [sys.executable, __file__, "--worker", contender]
-    if is_tiny:
-        command.append("--tiny")
-    return command
+def prepare_environment() -> None:
+    """Set what the processes of contenders inherit, before they import torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    # The script sets this, too, but in a contender's process torch is imported before the script.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for products that are the same each time
 
 
-def run_worker(contender: str, is_tiny: bool, limit_s: float) -> tuple[list[dict], str | None]:
+def run_worker(contender: str, setting: Setting, limit_s: float) -> tuple[list[dict], str | None]:
     """Return the results of a contender's process, and what was the matter with it.
 
     It is killed after limit_s seconds.
     """
-    environment = dict(os.environ)
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "0")
-    environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    # The script sets this, too, but here torch is imported before the script.
-    environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # of torch_2_11
+    method = "fork"  # quick, as all is imported here
+    if setting.device == "cuda":
+        method = "spawn"  # CUDA cannot be forked
     problem = None
-    exit_code = 0
-    with tempfile.TemporaryFile("w+") as out:
-        try:
-            ended = subprocess.run(
-                make_command(contender, is_tiny),
-                stdout=out,
-                stderr=out,
-                env=environment,
-                cwd=ROOT,
-                timeout=limit_s,
-            )
-            exit_code = ended.returncode
-        except subprocess.TimeoutExpired:
+    with tempfile.NamedTemporaryFile("r") as log:
+        arguments = (log.name, contender, setting)
+        process = multiprocessing.get_context(method).Process(target=work_aside, args=arguments)
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            process.kill()
+            process.join()
             problem = f"{contender}: cut short, the time was over"
-        out.seek(0)
-        lines = out.read().split("\n")
-    if exit_code != 0:
+        lines = log.read().split("\n")
+    if problem is None and process.exitcode != 0:
         last = "".join(line for line in lines if line.strip())[-MESSAGE_LENGTH:]
-        problem = f"{contender}: exit code {exit_code}, {last}"
+        problem = f"{contender}: exit code {process.exitcode}, {last}"
     results = []
     for line in lines:
         if line.startswith("RESULT "):
             results.append(json.loads(line.removeprefix("RESULT ")))
     return results, problem
+
+
+def kind_of(result: dict) -> str:
+    """Return in which list of the report a result belongs."""
+    if "limit" in result:
+        return "numerics"
+    if "figures" in result:
+        return "facts"
+    return "runs"
 
 
 def mark_void(all_runs: list[dict]) -> bool:
@@ -411,11 +548,15 @@ def mark_void(all_runs: list[dict]) -> bool:
         run["void"] = False
         if "first_step_loss" not in run:
             continue
-        first = first_runs.setdefault(run["examples"], run)
+        first = first_runs.setdefault((run["examples"], run["weights"]), run)
         is_close = abs(run["first_step_loss"] / first["first_step_loss"] - 1) <= TOLERANCE
         run["void"] = not is_close or run["trained_tokens"] != first["trained_tokens"]
         is_any_void = is_any_void or run["void"]
     return is_any_void
+
+
+def has_errors(checks: list[dict]) -> bool:
+    return any(check["error"] > check["limit"] for check in checks)
 
 
 COLUMNS = {  # key of a run: (title, format)
@@ -428,6 +569,7 @@ COLUMNS = {  # key of a run: (title, format)
     "peak_gib": ("peak GiB", ".1f"),
     "planned_gib": ("planned GiB", ".1f"),
     "reserved_gib": ("reserved GiB", ".1f"),
+    "host_gib": ("host GiB", ".1f"),
     "padding": ("padding", ".0%"),
     "layer_passes": ("layer passes", ".2f"),
     "first_step_loss": ("first-step loss", ".5f"),
@@ -437,6 +579,9 @@ COLUMNS = {  # key of a run: (title, format)
 def print_report(report: dict) -> None:
     for check in report["numerics"]:
         print("numerics   {name}: error {error:.2g}, limit {limit:.2g}".format(**check))
+    for fact in report["facts"]:
+        figures = [f"{name} {figure:.4g}" for name, figure in fact["figures"].items()]
+        print(f"measured   {fact['what']}: {', '.join(figures)}")
     titles = [title for title, _ in COLUMNS.values()]
     print("\n| " + " | ".join(titles) + " |\n|---|---" + "|--:" * (len(titles) - 2) + "|")
     for run in sorted(report["runs"], key=lambda run: run["examples"], reverse=True):
@@ -466,6 +611,7 @@ def describe(setting: Setting) -> dict:
         "precision": f"{name_format(setting.precision.compute)}, {setting.precision.optim}",
         "loads": {kind: asdict(load) for kind, load in setting.loads.items()},
         "numerics": [],
+        "facts": [],
         "runs": [],
         "notes": [NO_GPU],
     }
@@ -489,11 +635,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help=", ".join(CONTENDERS),
     )
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_all(args, report: dict, out: Path | None) -> bool:
+def run_all(args, setting: Setting, report: dict, out: Path | None) -> bool:
     """Run the contenders, and write the report after each. Return whether all went well."""
     end_s = time.monotonic() + 60 * args.minutes
     is_well = True
@@ -504,13 +649,13 @@ def run_all(args, report: dict, out: Path | None) -> bool:
             problem = f"{contender}: not started, the time was over"
             is_well = False
         elif problem is None:
-            results, problem = run_worker(contender, args.tiny, left_s)
+            results, problem = run_worker(contender, setting, left_s)
             is_well = is_well and problem is None
-            kind = "numerics" if contender == "numerics" else "runs"
-            report[kind] += results
+            for result in results:
+                report[kind_of(result)].append(result)
         if problem is not None:
             report["notes"].append(problem)
-        if mark_void(report["runs"]):
+        if mark_void(report["runs"]) or has_errors(report["numerics"]):
             is_well = False
         if out is not None:  # The next contender might break the machine.
             out.write_text(json.dumps(report, indent=2) + "\n")
@@ -523,17 +668,15 @@ def main() -> int:
     if args.show is not None:
         print_report(json.loads(args.show.read_text()))
         return 0
+    prepare_environment()
     setting = find_setting(args.tiny)
-    if args.worker is not None:
-        work(args.worker, setting)
-        return 0
     report = describe(setting)
     out = args.out
     if out is None and report["device"] is not None and not args.tiny:
         name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
         out = RESULTS / f"{name}.json"
         out.parent.mkdir(exist_ok=True)
-    is_well = run_all(args, report, out)
+    is_well = run_all(args, setting, report, out)
     print_report(report)
     return 0 if is_well else 1
 

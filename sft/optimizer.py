@@ -195,16 +195,8 @@ def total_norm(tensors: list[torch.Tensor]) -> float:
     return norm.item()
 
 
-def check_optimizer(optim: str, device_kind: str, num_processes: int) -> None:
-    """Raise UserError where this optimizer could not make its first step on these devices.
-
-    `device_kind` is "cuda" or "cpu". Several processes on GPUs train shards of the model.
-    """
-    if optim == "adafactor" and device_kind == "cuda" and num_processes > 1:
-        raise UserError(
-            "--optim adafactor cannot train a model in shards: it mixes whole tensors with shards; "
-            "use --optim auto, or start one process"
-        )
+def check_optimizer(optim: str, device_kind: str) -> None:
+    """Raise UserError where this optimizer could not make its first step on "cuda" or "cpu"."""
     if optim == "adamw_torch_8bit":
         check_compiler(device_kind)
 

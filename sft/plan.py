@@ -187,6 +187,7 @@ def measure_free_disk(folder: Path, replaces_checkpoints: bool) -> float:
 # ---- Whether it can be done ---------------------------------------------------------------------
 def check_plan(plan: Plan) -> None:
     """Raise UserError where the plan cannot be carried out, with what could."""
+    # Adafactor mixes whole tensors with shards.
     if plan.precision.optim == "adafactor" and plan.job.num_shards > 1:
         raise UserError("--optim adafactor cannot train shards: leave it out, or start one process")
     check_device_memory(plan)

@@ -1,27 +1,29 @@
 """The benchmarks: that they start, and that what they compare is the same work."""
 
+import importlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import transformers
-from runs import CPU_ONLY, ROOT, TINY
+from runs import ROOT, TINY
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = [
     "boxes.py",
+    "compiled.py",
     "encoding.py",
     "gpu.py",
     "memory.py",
     "pipeline.py",
     "precision.py",
+    "roofline.py",
     "throughput.py",
 ]
 SIZES = {
@@ -40,18 +42,20 @@ def benchmarks_on_path():
     sys.path.remove(str(BENCHMARKS))
 
 
-def run_benchmark(name: str, *words) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **CPU_ONLY}
-    command = [sys.executable, BENCHMARKS / name, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def call_main(name: str, *words: str) -> int:
+    """Call main() of a benchmark with these words on its command line."""
+    sys.path.append(str(BENCHMARKS))
+    sys.argv = [name, *words]
+    return importlib.import_module(Path(name).stem).main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "boxes.py"])
-def test_help_says_what_a_benchmark_is_for(name):
-    ended = run_benchmark(name, "--help")
-    assert ended.returncode == 0, ended.stderr
-    assert "usage:" in ended.stdout
+def test_help_says_what_a_benchmark_is_for(tmp_path):
+    names = [name for name in COMMANDS if name != "boxes.py"]
+    for name in names:
+        ended = forks.run(tmp_path / name, (call_main, name, "--help"))
+        assert ended.codes == [0], ended.texts
+        assert ended.texts[0].startswith(f"usage: {name}")
 
 
 def test_the_readme_names_all_benchmarks():
@@ -153,25 +157,41 @@ def test_the_loss_for_an_older_pytorch_is_the_usual_one():
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
     out = tmp_path / "gpu.json"
-    contenders = ["numerics", "this trainer", "TRL", "this trainer, all checkpointed"]
-    ended = run_benchmark("gpu.py", "--out", out, "--contenders", *contenders)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    contenders = [
+        "numerics",
+        "fp16 resumed",
+        "host memory",
+        "this trainer",
+        "this trainer, 23 GiB",
+        "TRL",
+        "this trainer, all checkpointed",
+    ]
+    words = ("--out", str(out), "--contenders", *contenders)
+    ended = forks.run(tmp_path / "log", (call_main, "gpu.py", *words))
+    assert ended.codes == [0], ended.texts
     report = json.loads(out.read_text())
     assert report["device"] is None
-    assert "no GPU" in ended.stdout
+    assert "no GPU" in ended.texts[0]
     names = [check["name"] for check in report["numerics"]]
     assert "attention, torch.float32, cpu" in names
     assert "model's gradients, torch.float32, cpu" in names
+    assert "fp16 resumed, cpu: weights" in names
     for check in report["numerics"]:
         assert check["error"] <= check["limit"], check
+    facts = {fact["what"]: fact["figures"] for fact in report["facts"]}
+    assert facts["a save"]["gb"] == pytest.approx(facts["a save"]["planned_gb"], rel=0.05)
+    assert facts["40 answers"]["questions"] == 8  # of as many examples
+    assert facts["host memory of a 0.5B"]["asked_gib"] > 0
     own = [run for run in report["runs"] if "this trainer" in run["contender"]]
-    assert len(own) == 4  # two ways, short and long examples
+    assert len(own) == 5  # two ways, short and long examples; short ones in host memory
     for run in report["runs"]:
         assert "error" not in run
         assert not run["void"]
         assert "s_per_step" not in run
         if "all checkpointed" in run["contender"]:
             assert run["layer_passes"] == 2
+        assert ("host_gib" in run) == ("23 GiB" in run["contender"])
     if not importlib.util.find_spec("trl"):
         assert any(note.startswith("TRL: skipped") for note in report["notes"])
-    assert run_benchmark("gpu.py", "--show", out).stdout in ended.stdout
+    shown = forks.run(tmp_path / "shown", (call_main, "gpu.py", "--show", str(out)))
+    assert shown.texts[0] in ended.texts[0]

@@ -770,6 +770,7 @@ def test_a_plan_that_cannot_be_does_not_go_on_to_hours_and_disk():
 def test_adafactor_cannot_train_shards():
     with pytest.raises(UserError, match="--optim adafactor cannot train shards"):
         check_plan(plan("2x80", processes=2, optim="adafactor"))
+    check_plan(plan("2x80", optim="adafactor"))
 
 
 # ---- What is said -------------------------------------------------------------------------------

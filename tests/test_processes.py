@@ -44,7 +44,11 @@ def allow_few_skips() -> None:
 
 
 def watch(path: Path) -> None:
-    """Write to a file: dtypes of hidden states and exchanged gradients, seeds of the rounding."""
+    """Write facts to a file, as JSON.
+
+    They are dtypes of hidden states and exchanged gradients, seeds of the rounding, and whether the
+    weights come from another process.
+    """
 
     def tell(**fact):
         with open(path, "a") as file:
@@ -57,8 +61,13 @@ def watch(path: Path) -> None:
             layer.register_forward_hook(lambda *call: tell(hidden=str(call[-1].dtype)))
 
     sft_qwen2.SFTTrainer = WatchedTrainer
+    load_weights = sft_qwen2.load_weights
     reduce_scatter = torch.distributed.reduce_scatter_single
     manual_seed = torch.manual_seed
+
+    def watched_load(*args, weights_are_sent, **kwargs):
+        tell(is_sent=weights_are_sent)
+        return load_weights(*args, weights_are_sent=weights_are_sent, **kwargs)
 
     def watched_reduce_scatter(*args, **kwargs):
         tensor = kwargs.get("input", args[1] if len(args) > 1 else None)
@@ -70,6 +79,7 @@ def watch(path: Path) -> None:
             tell(seed=seed)
         return manual_seed(seed)
 
+    sft_qwen2.load_weights = watched_load
     torch.distributed.reduce_scatter_single = watched_reduce_scatter
     torch.manual_seed = watched_seed
 
@@ -176,6 +186,13 @@ def test_eval_loss_is_that_of_all_processes(folder, run, reference):
     np.testing.assert_allclose([mine[0], mine[-1]], [theirs[0], theirs[-1]], atol=1e-3)
 
 
+@pytest.mark.parametrize(("run", "num_readers"), [("one", 1), ("two", 2), ("shards", 1)])
+def test_one_process_reads_the_weights_of_a_model_in_shards(folder, run, num_readers):
+    """In fp32 they take 30 GB of host memory for a 7B, in each process that reads them."""
+    is_sent = [sent for of_rank in seen(folder / run, "is_sent") for sent in of_rank]
+    assert is_sent == [False] * num_readers + [True] * (len(is_sent) - num_readers)
+
+
 # ---- Number formats -----------------------------------------------------------------------------
 @pytest.mark.parametrize(("run", "reference"), [("bf16-4", "bf16-1"), ("fp16-2", "fp16-1")])
 def test_shards_train_in_half_precision_as_one_process_does(folder, run, reference):
@@ -232,7 +249,9 @@ def test_the_schedule_waits_for_a_skipped_step(folder, run):
 
 
 def test_many_skipped_steps_in_a_row_stop_the_run(folder):
-    assert "3 steps in a row had infinite gradients in fp16" in text(folder / "skipped")
+    """The last of them is named, not the one that begins."""
+    expected = "step 3: 3 steps in a row had infinite gradients in fp16"
+    assert expected in text(folder / "skipped")
 
 
 # ---- What all must agree on ---------------------------------------------------------------------
