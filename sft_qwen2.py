@@ -698,7 +698,7 @@ def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
         batch_chunk_size=LOSS_CHUNK_TOKENS,
         chunking_method=None,
         acc_policy="compact",
-        acc_dtype=torch.float32,  # of the softmax
+        acc_dtype=torch.float32,  # of the softmax; in fp16 of its sum alone
     )
     # A sum in half precision would keep 8 or 11 bits. Single losses are rounded, and then summed
     # in fp32, where their errors cancel out.
