@@ -251,7 +251,9 @@ class HostMemoryTrainer(Trainer):
 
     def take_host_memory(self) -> None:
         """Take host memory once and for all: in a backward pass it would hold up the GPU."""
-        if not self.in_host_memory or self.has_host_memory:
+        if not self.in_host_memory:
+            return
+        if self.has_host_memory:
             return
         say("host       pinning memory, which takes up to a second per GiB")
         self.optimizer.optimizer.take_host_memory()

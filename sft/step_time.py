@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sft.memory_model import Job, Share, count_parameters, make_share
+from sft.memory_model import FP32_BYTES, Job, Share, count_parameters, make_share
 
 UTILIZATION = 0.4  # share of a GPU's peak that is taken to be reached
 PCIE_BYTES_PER_S = 20e9  # PCIe 4.0 x16, one direction
@@ -165,17 +165,22 @@ def min_pipeline_tokens(config, num_devices: int, flops_per_s: float) -> int:
 
 
 def state_transfer_s(job: Job, num_devices: int) -> float:
-    """Return the seconds of a step in which the optimizer's state comes and goes.
-
-    Each device has its own link to the host.
-    """
-    num_bytes = count_parameters(job.config).model * 2 * job.precision.state_bytes
-    return num_bytes / num_devices / PCIE_BYTES_PER_S
+    """Return the seconds of a step in which the optimizer's state comes and goes."""
+    return transfer_s(job, num_devices, job.precision.state_bytes)
 
 
 def gradient_transfer_s(job: Job, num_devices: int) -> float:
     """Return the seconds of a micro-batch in which earlier gradients come and their sum goes."""
-    num_bytes = count_parameters(job.config).model * 2 * job.precision.weights.itemsize
+    return transfer_s(job, num_devices, job.precision.weights.itemsize)
+
+
+def transfer_s(job: Job, num_devices: int, bytes_per_parameter: float) -> float:
+    """Return the seconds in which so many bytes of each parameter come from the host and go back.
+
+    Each device has its own link to the host.
+    """
+    parameters = count_parameters(job.config).model
+    num_bytes = 2 * bytes_per_parameter * parameters
     return num_bytes / num_devices / PCIE_BYTES_PER_S
 
 
@@ -206,21 +211,27 @@ def sharded_step_s(
     fp32. What takes longer, messages or products, sets the pace.
     """
     counts = count_parameters(job.config)
-    size = job.precision.compute.itemsize
-    sent_share = (job.num_shards - 1) / job.num_shards / link_bytes_per_s
-    num_passes = math.ceil(workload.tokens_of_a_step / (job.num_shards * tokens_per_forward))
+    # A process has its own share of whatever it gathers or sends.
+    s_per_byte = (job.num_shards - 1) / job.num_shards / link_bytes_per_s
+    gather_s = job.precision.compute.itemsize * s_per_byte  # of a parameter
+    send_s = FP32_BYTES * s_per_byte  # of a parameter's gradient
+    tokens_at_once = job.num_shards * tokens_per_forward
+    num_passes = math.ceil(workload.tokens_of_a_step / tokens_at_once)
     tokens = workload.tokens_of_a_step / (job.num_shards * num_passes)
-    attention = 2 * job.config.hidden_size * workload.mean_length
-    forward_s = tokens * (2 * counts.layer_matrices + attention) / flops_per_s
+
+    attention_flops = 2 * job.config.hidden_size * workload.mean_length
+    forward_flops = tokens * (2 * counts.layer_matrices + attention_flops)
+    forward_s = forward_flops / flops_per_s
     backward_s = 2 * forward_s
     if recompute:
-        backward_s = 3 * forward_s
-    gather_s = counts.layer * size * sent_share
-    send_s = counts.layer * 4 * sent_share
-    layer_s = max(forward_s, gather_s) + max(backward_s, gather_s + send_s)
-    head_s = 4 * tokens * workload.trained_share * 2 * counts.table / flops_per_s
-    gather_table_s = counts.table * size * sent_share
-    send_table_s = counts.table * 4 * sent_share
-    head_s = max(head_s, 2 * gather_table_s + send_table_s)
-    embedding_s = gather_table_s + send_table_s
-    return num_passes * (job.config.num_hidden_layers * layer_s + head_s + embedding_s)
+        backward_s += forward_s
+    layer_s = max(forward_s, counts.layer * gather_s)
+    layer_s += max(backward_s, counts.layer * (gather_s + send_s))
+
+    trained_tokens = tokens * workload.trained_share
+    head_flops = 8 * trained_tokens * counts.table  # forward, again and backward
+    head_s = head_flops / flops_per_s
+    head_s = max(head_s, counts.table * (2 * gather_s + send_s))
+    embedding_s = counts.table * (gather_s + send_s)
+    num_layers = job.config.num_hidden_layers
+    return num_passes * (num_layers * layer_s + head_s + embedding_s)
