@@ -9,26 +9,37 @@ A line of data is a conversation: {"query": "...", "answer": "..."}, optionally 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
 
 What is trained. The tokens of each answer and the <|im_end|> after it. All other tokens are
-context: their label is -100. (An answer may have a weight of 0; then it is context, too.)
+context: their label is -100. Answers with a weight of 0 are context, too; with --train_on last, all
+answers but the last. An example that is cut to max_len has no <|im_end|> at its end.
 
 How a step is computed. An optimizer step takes a set of examples: per_device_train_batch_size x
-gradient_accumulation_steps x number of processes. The set is cut into micro-batches of at most
-`tokens_per_forward` tokens. The examples of a micro-batch lie end to end, without padding, and
-attention stays inside each example. The loss is summed over the trained tokens and divided by the
-number of trained tokens of the whole step, over all micro-batches and processes. So the cut changes
-memory and speed, and the result no more than the rounding of sums does.
+gradient_accumulation_steps x number of processes (the last step of an epoch: what is left). The set
+is cut into micro-batches of at most `tokens_per_forward` tokens. The examples of a micro-batch lie
+end to end, without padding, and attention stays inside each example. The loss is summed over the
+trained tokens and divided by the number of trained tokens of the whole step, over all micro-batches
+and processes. So the cut changes memory and speed, and the result no more than the rounding of sums
+does.
+
+Where the model lies. On one device; in one process on several GPUs, which work on different
+micro-batches at once (sft/pipeline.py); or in shards, one in each process of torchrun (FSDP2). What
+a GPU cannot hold of the optimizer and the gradients lies in host memory (sft/host_memory.py).
+
+In which number formats (sft/precision.py).
+    GPUs from 8.0 on     weights and products in bf16; with --fp32, weights in fp32
+    older GPUs (V100)    weights in fp32, products in fp16 by autocast
+    CPU                  all in fp32
 
 What happens when ...
-    memory runs out      one process does the step again with fewer tokens at once; several
-                         processes stop, and name the flag for --resume
+    memory runs out      one process does the step again with less at once: micro-batches in
+                         flight, tokens, kept layers; several processes stop, and name the remedy
     a loss or a gradient is not finite
                          the run stops before the weights change, and names the step's examples
-                         (fp16 skips up to 20 such steps in a row, while its loss scale falls)
+                         (in fp16 up to 20 steps in a row with infinite gradients are skipped)
     Ctrl-C, SIGTERM      while it trains, the run saves a checkpoint after the step and stops;
                          an evaluation is left, and made again by --resume
     the disk is full     the checkpoint is lost, earlier ones are whole, training goes on
-                         (sft/checkpoints.py); the export is tried again while nothing else has
-                         the model
+                         (sft/checkpoints.py); the export is tried again where no checkpoint has
+                         the trained weights
     --resume             the run goes on from its last checkpoint, if all that decides what is
                          learnt is the same (`make_fingerprint`). On the same machine, with the
                          same cut, it goes on bit for bit
@@ -77,7 +88,7 @@ from sft.examples import (
     ENCODED_FEATURES,
     IGNORE_INDEX,
     Examples,
-    count_tokens,
+    make_token_columns,
     mark_trained_tokens,
     parse_records,
     print_counts,
@@ -125,7 +136,7 @@ from sft.throughput import Throughput
 class SFTArguments:
     """All options: the name that transformers uses, the default, and what --help says.
 
-    An option of steps below 1 is a share of all steps. `group` begins a section of --help.
+    A number of steps below 1 is a share of all steps. `group` begins a section of --help.
     """
 
     model_name_or_path: str = option(
@@ -159,9 +170,9 @@ class SFTArguments:
     num_train_epochs: float = option(
         1.0, "Passes over all examples.", group="Length of training", above=0
     )
-    max_steps: int = option(-1, "Number of optimizer steps, instead of epochs.", at_least=1)
+    max_steps: int = option(-1, "Number of optimizer steps; -1: epochs decide.", at_least=1)
     per_device_train_batch_size: int = option(
-        4, "Examples of a step, times the next number and the processes.", at_least=1
+        4, "Times the next number, times processes: a step's examples.", at_least=1
     )
     gradient_accumulation_steps: int = option(32, "Multiplies the examples of a step.", at_least=1)
     seed: int = option(42, "Decides all that is random.", at_least=0, at_most=2**32 - 1)
@@ -207,7 +218,7 @@ class SFTArguments:
         True, "Recompute layers where memory is short; false: never."
     )
     tokens_per_forward: int | None = option(
-        None, "Most tokens at once; else what fits. Changes no result.", at_least=1
+        None, "Most tokens at once; else what fits. Changes only rounding.", at_least=1
     )
     use_cpu: bool = option(False, "Leave GPUs alone.")
     ddp_timeout: int = option(
@@ -278,8 +289,9 @@ def make_training_arguments(args: SFTArguments) -> transformers.TrainingArgument
             settings[name] = value
     if "activation_checkpointing" in trainer_names:  # its new name, from transformers 5.23 on
         # args.gradient_checkpointing remains readable.
-        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
-    settings["optim"] = "adamw_torch"  # until the plan has chosen
+        settings.pop("gradient_checkpointing", None)
+        settings["activation_checkpointing"] = args.gradient_checkpointing
+    settings["optim"] = "adamw_torch"  # adapt_training_arguments sets that of the plan
     settings["logging_nan_inf_filter"] = False  # a loss that is NaN must be seen
     settings["disable_tqdm"] = True  # each step has a line
     settings["metric_for_best_model"] = "eval_loss"
@@ -297,12 +309,12 @@ def make_training_arguments(args: SFTArguments) -> transformers.TrainingArgument
 def settings_of_processes(args: SFTArguments) -> dict:
     """Return the settings by which several processes train together; on the CPU, let them meet."""
     if torch.cuda.is_available() and not args.use_cpu:
-        # Each process saves its shard. One process of a machine reads the weights for all.
+        # FSDP2. Each process saves its shard. One process of a machine reads the weights for all.
         config = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True}
         return {"fsdp": True, "fsdp_config": config}
-    # TrainingArguments would do so without the timeout.
+    # On the CPU TrainingArguments would start the group and ignore ddp_timeout.
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
-    # Each forward pass uses all parameters. Trainer would look for others at each step.
+    # Each forward pass uses all parameters. DDP would search for others at each step.
     return {"use_cpu": True, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
 
 
@@ -334,18 +346,18 @@ def encode_batch(conversations: list[list[dict]], tokenizer) -> list[dict[str, l
         labels = []
         for message in messages:
             is_answer = message["role"] == "assistant"
-            context = [im_start]
+            opening = [im_start]
             if input_ids:
-                context = token_ids["\n"] + context
+                opening = token_ids["\n"] + opening
             if is_answer:
-                context = context + token_ids["assistant\n"]
-            text = [*token_ids[text_of_message(message)], im_end]
-            input_ids += context + text
-            labels += [IGNORE_INDEX] * len(context)
+                opening = opening + token_ids["assistant\n"]
+            content = [*token_ids[text_of_message(message)], im_end]
+            input_ids += opening + content
+            labels += [IGNORE_INDEX] * len(opening)
             if is_answer and message.get("weight") != 0:
-                labels += text
+                labels += content
             else:
-                labels += [IGNORE_INDEX] * len(text)
+                labels += [IGNORE_INDEX] * len(content)
         examples.append({"input_ids": input_ids, "labels": labels})
     return examples
 
@@ -392,19 +404,22 @@ def prepare_tokenizer(args: SFTArguments):
 
 def encode_records(batch: dict, tokenizer, system_prompt: str, train_on: str) -> dict[str, list]:
     """Return the columns of encoded records: input_ids, labels, and why a record is refused."""
+    # With train_on="last" the other answers get a weight of 0.
     conversations, columns = parse_records(batch, system_prompt, train_on)
     encodings = encode_batch(conversations, tokenizer)
-    columns.update(count_tokens(conversations, encodings, tokenizer.backend_tokenizer))
+    columns.update(make_token_columns(conversations, encodings, tokenizer.backend_tokenizer))
     return columns
 
 
 def encode_files(paths: list[Path], tokenizer, args: SFTArguments) -> datasets.Dataset:
     """Return the encoded records of all files. They are encoded once, and then kept on disk."""
     settings = {"system_prompt": args.system_prompt, "train_on": args.train_on}
+    # The source of encode_files, and all that it calls, is part of the cache's key.
     cache = EncodingCache(paths, tokenizer.backend_tokenizer, settings, encode_files)
     with cache.lock():
         if not cache.is_complete:
             records = read_records(paths, cache.folder)
+            # map() writes the file that cache.load() reads.
             records.map(
                 encode_records,
                 batched=True,
@@ -422,7 +437,8 @@ def encode_files(paths: list[Path], tokenizer, args: SFTArguments) -> datasets.D
 def load_examples(args: SFTArguments, tokenizer) -> dict[str, Examples]:
     """Return the examples to train on, and those to evaluate on. Print what became of all rows.
 
-    The examples are cut to max_len here, once. Raises UserError for rows that are refused.
+    The examples are cut to max_len here, once. Raises UserError for rows that are refused, unless
+    skip_bad_rows leaves them out.
     """
     examples = {}
     for split, paths in find_data_files(args.data_path, args.validation_split).items():
@@ -470,7 +486,16 @@ class StepSampler(torch.utils.data.Sampler):
             yield step.tolist()
 
 
-def bin_by_tokens(lengths, tokens_per_forward: int, num_processes: int = 1) -> list[list[int]]:
+def seed_of_order(args) -> int:
+    """Return the seed of the order of examples."""
+    if args.data_seed is None:
+        return args.seed
+    return args.data_seed
+
+
+def bin_by_tokens(
+    lengths: list[int], tokens_per_forward: int, num_processes: int = 1
+) -> list[list[int]]:
     """Return the indices of `lengths` in bins of at most tokens_per_forward tokens.
 
     First-fit decreasing: each example, the longest first, goes into the first bin with room. An
@@ -491,20 +516,20 @@ def bin_by_tokens(lengths, tokens_per_forward: int, num_processes: int = 1) -> l
             bins.append([])
             free_tokens.append(tokens_per_forward)
         bins[chosen].append(index)
-        free_tokens[chosen] -= int(lengths[index])
+        free_tokens[chosen] -= lengths[index]
     while len(bins) % num_processes != 0:
         bins.append(take_half_of_fullest(bins, lengths))
     return bins
 
 
-def take_half_of_fullest(bins: list[list[int]], lengths) -> list[int]:
-    """Take every second example out of the fullest bin that has several; return them, or []."""
+def take_half_of_fullest(bins: list[list[int]], lengths: list[int]) -> list[int]:
+    """Remove every second example from the fullest bin that has several; return them, or []."""
     fullest = []
     most_tokens = 0
-    for bin in bins:
-        num_tokens = sum(lengths[index] for index in bin)
-        if len(bin) > 1 and num_tokens > most_tokens:
-            fullest = bin
+    for indices in bins:
+        num_tokens = sum(lengths[index] for index in indices)
+        if len(indices) > 1 and num_tokens > most_tokens:
+            fullest = indices
             most_tokens = num_tokens
     half = fullest[1::2]
     del fullest[1::2]
@@ -512,7 +537,7 @@ def take_half_of_fullest(bins: list[list[int]], lengths) -> list[int]:
 
 
 def flatten(examples: list[dict]) -> dict:
-    """Return a micro-batch: the examples laid end to end.
+    """Return a micro-batch: the examples, which are NumPy arrays, laid end to end.
 
     input_ids, position_ids [1, T]: positions begin at 0 in each example.
     trained_positions, targets [N]: at position trained_positions[i] the model predicts targets[i].
@@ -546,7 +571,7 @@ def flatten(examples: list[dict]) -> dict:
     }
 
 
-# A process without an example runs a forward pass, too, over one token that is not trained.
+# An empty bin is a forward pass, too: over one token that is not trained.
 NO_EXAMPLE = {"input_ids": np.array([0]), "labels": np.array([IGNORE_INDEX])}
 
 
@@ -561,8 +586,8 @@ def collate(
     lengths = [len(example["input_ids"]) for example in examples]
     bins = bin_by_tokens(lengths, tokens_per_forward, num_processes)
     micro_batches = []
-    for bin in bins[rank::num_processes]:
-        chosen = [examples[index] for index in bin]
+    for indices in bins[rank::num_processes]:
+        chosen = [examples[index] for index in indices]
         micro_batches.append(flatten(chosen or [NO_EXAMPLE]))
     return micro_batches, count_trained_tokens(examples)
 
@@ -587,21 +612,26 @@ def packed_attention(
     if seq_lens is None:
         sdpa = transformers.AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    # Autocast computes rotary embeddings in fp32.
+    # Under autocast the rotary embeddings leave query and key in fp32.
     query = query.to(value.dtype)
     key = key.to(value.dtype)
     if has_varlen_kernel(query):
         output = varlen_attention(query, key, value, seq_lens, cu_seq_lens, kwargs["scaling"])
         return output, None
     if query.is_cuda:
-        # Before Ampere, PyTorch's fused kernels want one key and value head for each query head.
-        num_groups = query.shape[1] // key.shape[1]
-        key = repeat_heads(key, num_groups)
-        value = repeat_heads(value, num_groups)
+        # PyTorch's other fused kernels want one key and value head for each query head.
+        num_repeats = query.shape[1] // key.shape[1]
+        key = repeat_heads(key, num_repeats)
+        value = repeat_heads(value, num_repeats)
     outputs = []
     for q, k, v in zip(query.split(seq_lens, 2), key.split(seq_lens, 2), value.split(seq_lens, 2)):
         output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=kwargs["scaling"], enable_gqa=True
+            q,
+            k,
+            v,
+            is_causal=True,
+            scale=kwargs["scaling"],
+            enable_gqa=True,  # on the CPU, where heads are not repeated
         )
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2), None
@@ -632,9 +662,9 @@ def varlen_attention(query, key, value, seq_lens, cu_seq_lens, scale):
     return output[None]
 
 
-def repeat_heads(heads: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Return heads [1, K, T, D] as [1, K * num_groups, T, D], copies of a head side by side."""
-    return heads.repeat_interleave(num_groups, dim=1)
+def repeat_heads(heads: torch.Tensor, num_repeats: int) -> torch.Tensor:
+    """Return heads [1, K, T, D] as [1, K * num_repeats, T, D], copies of a head side by side."""
+    return heads.repeat_interleave(num_repeats, dim=1)
 
 
 transformers.AttentionInterface.register("packed_attention", packed_attention)
@@ -662,12 +692,13 @@ class Qwen2ForCausalLM(transformers.Qwen2ForCausalLM):
     ):
         """Return {"loss": summed cross entropy of the targets [N] / num_items_in_batch}.
 
-        Without targets this is transformers' forward pass. Generation asks for logits_to_keep by
-        this name.
+        Without targets this is transformers' forward pass. Generation looks for logits_to_keep in
+        the signature.
         """
         if targets is None:
             return super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
-        # packed_attention keeps examples apart without a mask.
+        # packed_attention keeps examples apart without a mask. Only a dict stops the model from
+        # making one.
         no_mask = {"full_attention": None}
         output = self.model(input_ids, attention_mask=no_mask, use_cache=False, **kwargs)
         loss_sum = self.answer_loss(output.last_hidden_state, trained_positions, targets)
@@ -676,7 +707,7 @@ class Qwen2ForCausalLM(transformers.Qwen2ForCausalLM):
     def answer_loss(self, hidden_states, trained_positions, targets) -> torch.Tensor:
         """Return the summed cross entropy of hidden_states [1, T, C] at the trained positions.
 
-        Only the N hidden states that have a target meet the head.
+        Only the N hidden states that have a target meet the head. It may be on another GPU.
         """
         head = self.lm_head.weight
         hidden = hidden_states.to(head.device)[0, trained_positions.to(head.device)]
@@ -690,14 +721,13 @@ def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
-        # Autocast would run linear_cross_entropy in fp32.
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
         head = head.to(dtype)
     options = torch.nn.LinearCrossEntropyOptions(
         batch_chunk_size=LOSS_CHUNK_TOKENS,
-        chunking_method=None,
-        acc_policy="compact",
+        chunking_method=None,  # cut by this size alone
+        acc_policy="compact",  # no fp32 copy of the head's gradient
         acc_dtype=torch.float32,  # of the softmax; in fp16 of its sum alone
     )
     # A sum in half precision would keep 8 or 11 bits. Single losses are rounded, and then summed
@@ -705,7 +735,7 @@ def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
     reduction = "none"
     if hidden.dtype == torch.float32:
         reduction = "sum"
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(device_type, enabled=False):  # it would choose fp32
         losses = F.linear_cross_entropy(hidden, head, targets, reduction=reduction, options=options)
         return losses.float().sum()
 
@@ -720,7 +750,11 @@ def make_step(examples: list[dict]) -> dict:
 
 
 class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
-    """A Trainer for which a batch is all examples of an optimizer step, in all processes."""
+    """A Trainer for which a batch is all examples of an optimizer step, in all processes.
+
+    CheckpointTrainer saves, resumes and exports. HostMemoryTrainer keeps the optimizer's state, or
+    gradients, too, in host memory where the plan says so.
+    """
 
     def __init__(self, *, plan: Plan, examples_per_step: int, **kwargs):
         super().__init__(data_collator=make_step, in_host_memory=plan.in_host_memory, **kwargs)
@@ -749,7 +783,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         seed = seed_of_order(self.args)
         sampler = StepSampler(len(self.train_dataset), self.examples_per_step, seed)
         loader = torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=make_step
+            self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator
         )
         loader.set_epoch = sampler.set_epoch  # Trainer tells the loader which epoch begins.
         return loader
@@ -757,14 +791,15 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return Trainer's optimizer. GradScaler decides whether a step is skipped."""
         optimizer = super().create_optimizer(model)
-        # Fused AdamW would skip a step by itself. The learning rate would go on nevertheless.
+        # Fused AdamW would skip a step by itself, unseen by accelerate, and the learning rate would
+        # go on.
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Return the schedule of the learning rate, without its first step where that is 0.
+        """Return the schedule of the learning rate, without the first step of a warm-up.
 
-        A warm-up begins with a rate of 0, and nothing would be learnt of the first step's examples.
+        A warm-up begins with a rate of 0: nothing would be learnt from the first step's examples.
         So the schedule has one step more, and the first one is left out. The first step of a
         warm-up of n steps has 1 / n of the peak.
         """
@@ -789,16 +824,16 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
 
         Raises UserError where the loss is not finite, before the weights change.
         """
+        self.count_skipped_step()
         model.train()
         self.throughput.start()
         self.current_examples = inputs["examples"]
-        self.count_skipped_step()
         local_loss = self.run_until_it_fits(self.forward_backward, self.current_examples)
-        # Trainer averages losses over processes, as it averages gradients.
+        # Each process has multiplied its part by the number of processes.
         step_loss = self.accelerator.reduce(local_loss, "mean").item()
-        # No example is learnt so well. A loss of exactly 0 means that labels or logits are wrong.
+        # Learning does not reach a loss of exactly 0: labels or logits are wrong.
         if not math.isfinite(step_loss) or step_loss == 0:
-            raise self.broken_step(f"the loss is {step_loss}")
+            raise self.broken_step(self.state.global_step + 1, f"the loss is {step_loss}")
         self.count_work(self.current_examples)
         return local_loss
 
@@ -824,8 +859,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             return local_loss
         for number, micro_batch in enumerate(micro_batches, 1):
             self.choose_checkpointing(sum(micro_batch["seq_lens"]))
-            # DDP exchanges gradients once a step. FSDP exchanges them after each micro-batch,
-            # otherwise each process would keep whole gradients.
+            # DDP exchanges gradients once a step. FSDP does after each micro-batch: until then each
+            # process has whole gradients.
             context = nullcontext()
             if number < len(micro_batches) and not self.is_fsdp_enabled:
                 context = self.accelerator.no_sync(self.model_wrapped)
@@ -887,55 +922,65 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         """Put fewer micro-batches in flight, or halve tokens_per_forward, or recompute all layers.
 
         num_tokens: of the largest micro-batch. longest: tokens of the longest example. The change
-        holds for the rest of the run. Raises UserError where it cannot help, and where other
-        processes would not do the same.
+        holds for the rest of the run. Raises UserError where it cannot help, and in each of several
+        processes, because the others would not do the same.
         """
         what = f"out of memory at {num_tokens:,} tokens per micro-batch"
-        is_one_example = num_tokens <= longest
-        if self.args.world_size > 1 and not is_one_example:
+        # tokens_per_forward cannot cut an example.
+        can_cut = num_tokens > longest
+        if self.args.world_size > 1 and can_cut:
             raise UserError(f"{what}; use --resume --tokens_per_forward {num_tokens // 2}")
         if self.pipeline is not None and self.window_tokens > num_tokens:
             self.window_tokens = max(num_tokens, self.window_tokens // 2)
             remedy = f"{self.window_tokens:,} tokens in flight"
-        elif not is_one_example:
+        elif can_cut:
             self.tokens_per_forward = num_tokens // 2
             remedy = f"--tokens_per_forward {self.tokens_per_forward}"
         elif self.can_recompute_more():
             self.max_tokens_without_checkpointing = 0
             remedy = "all layers recomputed"
         else:
-            raise UserError(f"{what}, which are one example; lower --max_len")
+            raise UserError(
+                f"{what}, and the longest example has {longest:,}; "
+                "begin anew with a lower --max_len and another --output_dir"
+            )
         say(f"memory     {what}; retrying with {remedy}")
 
     def can_recompute_more(self) -> bool:
-        """Return whether this process may recompute layers that it has kept so far."""
+        """Return whether this is a training step of one process that keeps layers so far."""
         if self.args.world_size > 1 or not self.args.gradient_checkpointing:
+            return False
+        if not self.model.training:  # Without gradients no layer is kept.
             return False
         return self.max_tokens_without_checkpointing > 0
 
     def count_skipped_step(self) -> None:
-        """Count steps that fp16's GradScaler skipped in a row. Raise UserError for too many."""
+        """Count steps that fp16's GradScaler skipped in a row. Raise UserError for too many.
+
+        Called when the next step begins: only then it is known that the one before was skipped.
+        """
         if not self.accelerator.optimizer_step_was_skipped:
             self.num_consecutive_skips = 0
             return
         self.num_consecutive_skips += 1
         if self.num_consecutive_skips > MAX_CONSECUTIVE_SKIPS:
-            raise self.broken_step(
-                f"{self.num_consecutive_skips} steps in a row had infinite gradients in fp16"
-            )
+            what = f"{self.num_consecutive_skips} steps in a row had infinite gradients in fp16"
+            raise self.broken_step(self.state.global_step, what)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Return the gradients' norm. Stop before a norm that is not finite reaches the weights."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # In fp16 GradScaler skips such a step.
         if self.accelerator.scaler is None and not math.isfinite(grad_norm):
-            raise self.broken_step(f"the gradient norm is {float(grad_norm)}")
+            what = f"the gradient norm is {float(grad_norm)}"
+            raise self.broken_step(self.state.global_step + 1, what)
         return grad_norm
 
-    def broken_step(self, what: str) -> UserError:
+    def broken_step(self, step: int, what: str) -> UserError:
+        """Return the error of a step that cannot be trained. It names the step's examples."""
         sources = ", ".join(example["source"] for example in self.current_examples)
         return UserError(
-            f"step {self.state.global_step + 1}: {what}. Training stopped before the weights "
+            f"step {step}: {what}. Training stopped before the weights "
             "changed. Checkpoints are as they were, and no model is exported. Start again with a "
             f"lower --learning_rate, or correct the examples of this step: {sources}"
         )
@@ -983,7 +1028,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         for log in self.state.log_history:
             if "eval_loss" in log:
                 last_step = log["step"]
-        # Then the best weights were loaded after the last evaluation.
+        # load_best_model_at_end replaces the weights after the last evaluation.
         has_other_weights = self.args.load_best_model_at_end
         return last_step == self.state.global_step and not has_other_weights
 
@@ -1003,7 +1048,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         """Log as Trainer does. A step's line has the throughput, too."""
         if "loss" in logs:
             logs.update(self.throughput.metrics())
-            if self.args.fp16:
+            if self.args.fp16:  # The schedule takes no step where the optimizer takes none.
                 logs["skipped_steps"] = self.state.global_step - self.lr_scheduler.last_epoch
         super().log(logs, start_time)
 
@@ -1026,12 +1071,10 @@ OPTIONS_OF_A_RUN = (
     "adam_beta2",
     "adam_epsilon",
     "seed",
-    "data_seed",
-    "system_prompt",
+    "system_prompt",  # It is the export's default, too.
     "num_train_epochs",
     "max_steps",
     "eval_strategy",
-    "eval_steps",
     "early_stopping_patience",
     "load_best_model_at_end",
 )
@@ -1059,6 +1102,8 @@ def make_fingerprint(args: SFTArguments, training_args, plan: Plan, examples: di
         fingerprint["validation_examples"] = examples["validation"].digest()
     for name in OPTIONS_OF_A_RUN:
         fingerprint[name] = getattr(args, name)
+    fingerprint["data_seed"] = seed_of_order(args)
+    fingerprint["eval_steps"] = training_args.eval_steps  # by default logging_steps
     return fingerprint
 
 
@@ -1082,17 +1127,14 @@ def recorded_wandb_run(args: SFTArguments, training_args) -> Iterator[None]:
         yield
 
 
-def seed_of_order(args) -> int:
-    """Return the seed of the order of examples."""
-    if args.data_seed is None:
-        return args.seed
-    return args.data_seed
-
-
 def make_plan(config, args: SFTArguments, training_args, examples: Examples) -> Plan:
-    """Return the plan for these examples and devices, and print it. Raise UserError if it fails."""
+    """Return the plan for these examples and devices, and print it.
+
+    Raises UserError where the model does not fit, or a step would have no learning rate.
+    """
     num_trained_tokens = int(examples.num_answer_tokens.sum())
     plan = plan_run(config, args, training_args, examples.lengths, num_trained_tokens)
+    # A step as the sampler might draw it, to say how many forward passes it takes.
     drawn = np.random.default_rng(0).permutation(examples.lengths)
     typical_step = drawn[: count_examples_per_step(training_args)].tolist()
     num_processes = training_args.world_size
@@ -1119,8 +1161,8 @@ def adapt_training_arguments(training_args, plan: Plan, evaluates_first: bool):
     # With several GPUs in one process Trainer would wrap the model in nn.DataParallel.
     adapted._n_gpu = min(adapted.n_gpu, 1)
     if adapted.fsdp:
-        # accelerate would sum gradients in half precision. It would also cast hidden states to it
-        # where autocast keeps them in fp32, and Qwen2's overflow in fp16.
+        # accelerate would sum gradients in half precision. Where autocast keeps hidden states in
+        # fp32, accelerate would cast them, too. Qwen2's hidden states overflow in fp16.
         adapted.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=precision.compute,
             reduce_dtype=torch.float32,
@@ -1163,7 +1205,8 @@ def make_trainer(
         callbacks=callbacks,
     )
     if trainer.is_fsdp_enabled and precision.needs_autocast:
-        # FSDP gathers the embedding in half precision. Hidden states are fp32, as in one process.
+        # FSDP gathers the embedding in half precision. Hidden states must be fp32 from here on, as
+        # in one process.
         model.model.embed_tokens.register_forward_hook(as_fp32)
     # A cache of the casts of weights would take 2 bytes a parameter, and save little time.
     trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
@@ -1176,8 +1219,11 @@ def as_fp32(module, inputs, output: torch.Tensor) -> torch.Tensor:
 
 
 def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, export_dtype) -> int:
-    """Train, write the model, evaluate, answer held-out questions. Return the exit code."""
-    if trainer.args.should_save:
+    """Train, write the model, evaluate; answer held-out questions before and after.
+
+    Return the exit code.
+    """
+    if trainer.args.should_save:  # What could not be exported is better known now than at the end.
         rehearse_export(trainer.output_dir, trainer.model, tokenizer, export_dtype)
     run_lines = set_up_reporting(trainer)
     end_id = tokenizer.convert_tokens_to_ids(IM_END)
@@ -1192,7 +1238,7 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
         say(f"stopped    after step {trainer.state.global_step}; {progress}")
         return 128 + trainer.stop.signal_number
 
-    trainer.export(export_dtype)
+    trainer.export(export_dtype)  # before all else that could fail
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
         trainer.evaluate()
     answers_after = answer_questions(trainer.model, questions, end_id, trainer.tokens_per_forward)
@@ -1207,7 +1253,7 @@ def run(args: SFTArguments) -> int:
         say(f"model      {export_checkpoint(Path(args.export))}")
         return 0
     training_args = make_training_arguments(args)
-    if args.gpus is None:
+    if args.gpus is None:  # Otherwise the plan is for another machine.
         check_machine(training_args)
     check_output_dir(args)
     config = check_model(args, args.dry_run or training_args.device.type == "cuda")
@@ -1221,9 +1267,11 @@ def run(args: SFTArguments) -> int:
     if args.dry_run:
         return 0
 
+    # The export has the format in which the model came.
     export_dtype = config.dtype or plan.precision.weights
     fingerprint = make_fingerprint(args, training_args, plan, examples)
     about = describe_run(examples, export_dtype)
+    # With --resume, open_run compares the fingerprint and gives the last checkpoint, else None.
     with (
         open_run(args, training_args, fingerprint, about) as checkpoint,
         recorded_wandb_run(args, training_args),
@@ -1241,7 +1289,8 @@ def main(argv: list[str] | None = None) -> int:
 
     A wrong argument ends the process with exit code 2.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # announce_start has changed it
+    # During the imports Ctrl-C ended the process. From here on it is a KeyboardInterrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     outlive_console()
     quiet_libraries()
     drop_foreign_environment()

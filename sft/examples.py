@@ -68,7 +68,7 @@ def parse_records(batch: dict, system_prompt: str, train_on: str) -> tuple[list,
     return conversations, {"error": errors, "ignored_keys": ignored_keys}
 
 
-def count_tokens(
+def make_token_columns(
     conversations: list[list[dict]], encodings: list[dict], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, list]:
     """Return the columns of ENCODED_FEATURES that come from {"input_ids", "labels"}."""

@@ -14,6 +14,7 @@ from runs import argv as make_argv
 import sft_qwen2
 from sft.conversations import parse_record
 from sft.examples import IGNORE_INDEX
+from sft.step_time import training_flops
 from sft_qwen2 import SFTArguments, StepSampler, encode
 
 # 61 examples at 16 a step: three full steps and a rest of 13, twice. One is longer than max_len.
@@ -218,6 +219,16 @@ def test_tokens_per_second_are_tokens_of_examples(budget_runs, monkeypatch):
     assert run.trainer.throughput.metrics()["tokens_per_s"] == round(num_tokens / 2)
 
 
+def test_the_head_counts_as_flops_at_trained_tokens_only(budget_runs):
+    run = budget_runs[300]
+    lengths = [len(example["input_ids"]) for example in run.steps[0]]
+    num_trained = sum(int((x["labels"][1:] != IGNORE_INDEX).sum()) for x in run.steps[0])
+    run.trainer.throughput.forget()
+    run.trainer.count_work(run.steps[0])
+    flops = training_flops(run.trainer.model.config, lengths, num_trained)
+    assert run.trainer.throughput.flops == flops
+
+
 # ---- Learning rates -----------------------------------------------------------------------------
 def list_rates(trainer, num_steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-5)
@@ -315,11 +326,11 @@ def test_memory_that_runs_out_before_the_first_micro_batch_ends_the_run(
     def fails(self, micro_batch):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(sft_qwen2.SFTTrainer, "place", fails)
+    monkeypatch.setattr(sft_qwen2.SFTTrainer, "_prepare_inputs", fails)
     (tmp_path / "train.jsonl").write_bytes((data / "train.jsonl").read_bytes())
     run = watch(*argv_of(untied_model_dir, tmp_path / "train.jsonl", tmp_path / "outputs"))
     assert run.code == 1
-    assert "lower --max_len" in run.err
+    assert "begin anew with a lower --max_len" in run.err
 
 
 def argv_of(model_dir, data_path, output_dir) -> list[str]:
@@ -381,7 +392,7 @@ def test_one_example_that_does_not_fit_names_the_remedy(
     limit_memory(0)
     run = watch(*argv_of(untied_model_dir, data, tmp_path / "outputs"))
     assert run.code == 1
-    assert "which are one example; lower --max_len" in run.err
+    assert "begin anew with a lower --max_len" in run.err
 
 
 def test_a_step_that_fp16_skips_is_none_for_fused_adamw_either(budget_runs):
