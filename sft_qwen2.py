@@ -1184,7 +1184,7 @@ def make_trainer(
         device_map=plan.device_map,
         attn_implementation="packed_attention",
         # FSDP sends the weights from the first process of a machine to the others.
-        weights_are_sent=plan.job.num_shards > 1 and training_args.local_process_index > 0,
+        weights_are_sent=bool(training_args.fsdp) and training_args.local_process_index > 0,
     )
     callbacks = []
     if args.early_stopping_patience is not None:
