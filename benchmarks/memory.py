@@ -20,10 +20,13 @@ cannot share is not simulated. Streams of a pipeline are those of one device.
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import platform
 import shlex
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,7 +119,6 @@ def compare_with_usual(name: str) -> list[dict]:
             if key.endswith("_gib"):
                 row[key] = round(value / GIB, 2)
         found.append(row)
-        print_row(row)
     return found
 
 
@@ -212,7 +214,7 @@ def compare(name: str, case: Case) -> dict:
     del memory["update"]
     recorded = find_peak(job, recording, max(1, case.in_flight))
     formula = max(memory.values())
-    row = {
+    return {
         "model": name,
         "tokens": case.tokens,
         "compute": str(case.precision.compute).removeprefix("torch."),
@@ -226,8 +228,6 @@ def compare(name: str, case: Case) -> dict:
         "formula_gib": round(formula / GIB, 2),
         "error_percent": round(100 * (formula / recorded - 1), 1),
     }
-    print_row(row)
-    return row
 
 
 # ---- 3. Steps in the memory that is free --------------------------------------------------------
@@ -416,6 +416,12 @@ class Recordings:
         return self.made[key]
 
 
+def simulate_kinds(gpus: str, processes: int) -> list[dict]:
+    """Return what three steps of each kind of examples take on the devices of a box."""
+    recordings = Recordings()
+    return [simulate_box(gpus, processes, kind, recordings) for kind in EXAMPLE_TOKENS]
+
+
 def simulate_box(gpus: str, processes: int, kind: str, recordings: Recordings) -> dict:
     """Return what three steps take on the devices of a box, or the one that they do not fit."""
     lengths = draw_lengths(kind)
@@ -441,7 +447,6 @@ def simulate_box(gpus: str, processes: int, kind: str, recordings: Recordings) -
             results.append(simulate(plan, device, recordings.get(plan, device), lengths))
         fullest = max(results, key=fullness)
         row.update(fullest)
-    print_row(row)
     return row
 
 
@@ -451,31 +456,56 @@ def fullness(result: dict) -> float:
     return result["most_reserved_gib"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=QWEN2_SIZES, default=["Qwen2-7B"])
-    names = parser.parse_args().models
-    warnings.filterwarnings("ignore")
-    quiet_libraries()
-    print("1. a later micro-batch of 4 x 8,192 tokens (GiB)")
-    usual = []
-    for name in names:
-        usual += compare_with_usual(name)
-    print("2. recorded, and by the formula")
-    compared = []
+# ---- All of it -----------------------------------------------------------------------------------
+def list_comparisons(names: list[str]) -> list[tuple[str, Case]]:
+    """Return the model and the case of each row of the second part."""
+    comparisons = []
     for name in names:
         cases = list_cases()
         if not QWEN2_SIZES[name].tie_word_embeddings:
             cases += list_pipeline_cases(QWEN2_SIZES[name].num_hidden_layers)
         for case in cases:
-            compared.append(compare(name, case))
-    print("3. three steps in the memory that is free")
-    steps = []
+            comparisons.append((name, case))
+    return comparisons
+
+
+def start_process() -> None:
+    warnings.filterwarnings("ignore")
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+
+def print_all(title: str, results) -> list[dict]:
+    """Return the rows of all results, each of which is a list, and print them as they come."""
+    print(title)
+    rows = []
+    for result in results:
+        for row in result:
+            print_row(row)
+            rows.append(row)
+    return rows
+
+
+def compare_alone(name: str, case: Case) -> list[dict]:
+    return [compare(name, case)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=QWEN2_SIZES, default=["Qwen2-7B"])
+    names = parser.parse_args().models
+    boxes = ()
     if "Qwen2-7B" in names:
-        for gpus, processes in BOXES:
-            recordings = Recordings()
-            for kind in EXAMPLE_TOKENS:
-                steps.append(simulate_box(gpus, processes, kind, recordings))
+        boxes = BOXES
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, initializer=start_process) as processes:
+        # The slowest first; they are printed last.
+        step_results = processes.map(simulate_kinds, *zip(*boxes))
+        usual_results = processes.map(compare_with_usual, names)
+        compared_results = processes.map(compare_alone, *zip(*list_comparisons(names)))
+        usual = print_all("1. a later micro-batch of 4 x 8,192 tokens (GiB)", usual_results)
+        compared = print_all("2. recorded, and by the formula", compared_results)
+        steps = print_all("3. three steps in the memory that is free", step_results)
     found = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, CPU only; torch {torch.__version__}",

@@ -93,7 +93,7 @@ class Pipeline:
         """Return a micro-batch with each of its tensors on the devices that need them.
 
         micro_batch: input_ids, position_ids [1, T], trained_positions, targets [N], seq_lens (a
-        list), cu_seq_lens [E + 1]. This waits for the devices, so all micro-batches of a step are
+        list), cu_seq_lens [E + 1]. This waits for the devices, so all micro-batches of a window are
         placed before the first one runs.
         """
         first_device = self.parts[0].device

@@ -305,6 +305,13 @@ def test_gradients_of_the_step_before_count_no_more():
         gradients.clip(1.0)
 
 
+def test_a_gradient_of_a_failed_try_is_gone_from_the_device():
+    gradients, (p,) = make_gradients(3.0)
+    p.grad = torch.ones(1)
+    gradients.clear()
+    assert p.grad is None
+
+
 def test_gradients_are_summed_up_clipped_and_taken_by_the_step():
     gradients, (p, q) = make_gradients(3.0, 4.0)
     for _ in range(2):

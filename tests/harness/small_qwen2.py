@@ -18,12 +18,13 @@ def make_model(
     num_layers: int = 3,
     hidden_size: int = 32,
     num_heads: int = 4,
+    intermediate_size: int | None = None,
 ) -> sft_qwen2.Qwen2ForCausalLM:
     """Return a model in training mode on the CPU, with the same weights each time."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=intermediate_size or 2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads // 2,

@@ -440,6 +440,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", TORCH_FN(copy_from));
   m.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));
   m.impl("_local_scalar_dense", TORCH_FN(local_scalar_dense));
+  // One kernel, as on CUDA. PyTorch would make it of eight, with the memory of six results.
+  m.impl("silu_backward", torch::CppFunction::makeFromBoxedFunction<&run_operator>());
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
