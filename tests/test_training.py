@@ -1,5 +1,6 @@
 """Training: the budget law, a loop written out by hand, what stops a step, the export law."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from runs import argv as make_argv
 import sft_qwen2
 from sft.conversations import parse_record
 from sft.examples import IGNORE_INDEX
+from sft.run_record import find_changes
 from sft.step_time import training_flops
 from sft_qwen2 import SFTArguments, StepSampler, encode
 
@@ -88,6 +90,71 @@ def test_a_run_goes_on_with_its_model_under_another_name(write_rows, tmp_path):
     assert "nothing more" in train(moved, path, tmp_path / "run", **flags, resume=True).out
 
 
+# ---- What a resume compares ---------------------------------------------------------------------
+ANOTHER_RUN = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": {"num_cycles": 0.7},
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-4,
+    "seed": 1,
+    "data_seed": 1,
+    "system_prompt": "Be brief.",
+    "num_train_epochs": 1.5,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "eval_strategy": "epoch",
+    "eval_steps": 2,
+    "logging_steps": 3,  # the default of eval_steps
+    "early_stopping_patience": 2,
+    "load_best_model_at_end": True,
+}
+THE_SAME_RUN = {"output_dir": "elsewhere", "tokens_per_forward": 1, "ddp_timeout": 9}
+
+
+@pytest.fixture(scope="module")
+def fingerprint_of(untied_model_dir, data, tmp_path_factory):
+    """A function: options, and other validation examples, to what --resume compares of a run."""
+    args = SFTArguments(
+        model_name_or_path=str(untied_model_dir),
+        data_path=[str(data)],
+        output_dir=str(tmp_path_factory.mktemp("not-run")),
+        eval_strategy="steps",
+        report_to=["none"],
+        use_cpu=True,
+    )
+    examples = sft_qwen2.load_examples(args, sft_qwen2.prepare_tokenizer(args))
+    config = transformers.AutoConfig.from_pretrained(untied_model_dir)
+    training_args = sft_qwen2.make_training_arguments(args)
+    plan = sft_qwen2.make_plan(config, args, training_args, examples["train"])
+
+    def make(evaluated: str = "validation", **options) -> dict:
+        changed = dataclasses.replace(args, **options)
+        training_args = sft_qwen2.make_training_arguments(changed)
+        these = {"train": examples["train"], "validation": examples[evaluated]}
+        return sft_qwen2.make_fingerprint(changed, training_args, plan, these)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ANOTHER_RUN)
+def test_an_option_that_decides_what_is_learnt_is_compared(fingerprint_of, name):
+    assert find_changes(fingerprint_of(), fingerprint_of(**{name: ANOTHER_RUN[name]}))
+
+
+def test_examples_to_evaluate_on_are_compared(fingerprint_of):
+    assert find_changes(fingerprint_of(), fingerprint_of(evaluated="train"))
+
+
+def test_what_changes_nothing_is_not_compared(fingerprint_of):
+    assert find_changes(fingerprint_of(), fingerprint_of(**THE_SAME_RUN)) == []
+
+
 # ---- The budget law, and every step by hand -----------------------------------------------------
 @pytest.mark.parametrize("budget", [300, 16384])
 def test_the_budget_changes_nothing(budget, budget_runs):
@@ -115,6 +182,13 @@ def test_the_order_is_that_of_the_seed(budget_runs):
     for step in budget_runs[300].steps[:4]:
         found.append([line_of(example) - 1 for example in step])
     assert found == list(StepSampler(NUM_EXAMPLES, 16, seed=42))
+
+
+def test_data_seed_decides_the_order_where_it_is_given(budget_runs, monkeypatch):
+    trainer = budget_runs[300].trainer
+    monkeypatch.setattr(trainer.args, "data_seed", 7)
+    sampler = trainer.get_train_dataloader().batch_sampler
+    assert list(sampler) == list(StepSampler(NUM_EXAMPLES, 16, seed=7))
 
 
 def token_losses(model, example: dict) -> torch.Tensor:
