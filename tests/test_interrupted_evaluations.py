@@ -108,6 +108,22 @@ def test_a_signal_in_an_evaluation_loses_nothing(places, reference, tmp_path, st
     assert_same_end(train(places, tmp_path, resume=True), reference)
 
 
+def test_a_signal_in_an_evaluation_saves_a_step_that_was_not_to_be_saved(places, tmp_path):
+    flags = {"save_strategy": "steps", "save_steps": 100, "load_best_model_at_end": False}
+    stopped = train(places, tmp_path, at_evaluation=(STEPS_PER_EPOCH, terminate), **flags)
+    assert f"checkpoint-{STEPS_PER_EPOCH} is saved" in stopped.out
+    resumed = train(places, tmp_path, resume=True, **flags)
+    assert len(resumed.steps) == LAST_STEP - STEPS_PER_EPOCH
+    assert STEPS_PER_EPOCH in dict(evaluations(resumed))
+
+
+def test_the_last_evaluation_is_that_of_the_exported_weights(reference):
+    """They are the best ones: with them comes an evaluation more."""
+    steps = [step for step, _ in evaluations(reference)]
+    assert steps == [0, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, LAST_STEP, LAST_STEP]
+    assert evaluations(reference)[-1][1] == reference.trainer.state.best_metric
+
+
 def test_a_kill_in_an_evaluation_loses_no_step(places, reference, tmp_path):
     with pytest.raises(Killed):
         train(places, tmp_path, at_evaluation=(STEPS_PER_EPOCH, kill))
