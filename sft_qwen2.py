@@ -1028,9 +1028,10 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         for log in self.state.log_history:
             if "eval_loss" in log:
                 last_step = log["step"]
-        # load_best_model_at_end replaces the weights after the last evaluation.
-        has_other_weights = self.args.load_best_model_at_end
-        return last_step == self.state.global_step and not has_other_weights
+        step = self.state.global_step
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            step = self.state.best_global_step  # Its weights are loaded at the end.
+        return last_step == step
 
     def sum_losses(self, micro_batches: list[dict], num_trained_tokens: int):
         """Return (summed loss of this process, num_trained_tokens of all), without gradients."""

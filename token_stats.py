@@ -12,8 +12,14 @@ import contextlib
 import json
 import math
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
+
+from sft.startup import announce_start
+
+if __name__ == "__main__":
+    announce_start(sys.stderr)
 
 import numpy as np
 import transformers
@@ -268,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code, 1 after a mistake. A wrong argument exits with 2."""
     if argv is None:
         argv = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # announce_start has changed it
     outlive_console()
     quiet_libraries()
     args = parse(argv, StatsArguments, only=FLAGS)

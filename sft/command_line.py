@@ -151,6 +151,7 @@ def read_arguments(argv: list[str], options_class, options: dict, flags: dict) -
     if words and not words[0].startswith("-"):
         file = words.pop(0)
         from_file = read_arguments_file(file, options)
+    refuse_idle_flags(words, options, flags)
     from_flags = read_flags(words, flags)
     args = options_class(**{**from_file, **from_flags})
     check_best(args)
@@ -160,6 +161,14 @@ def read_arguments(argv: list[str], options_class, options: dict, flags: dict) -
             raise UsageError(f"--{name} {show(from_flags[name])}: {reason}")
         notes.append(f"{file}: {name} {reason}")
     return args, notes
+
+
+def refuse_idle_flags(words: list[str], options: dict, flags: dict) -> None:
+    """Raise UsageError for an option of the trainer that a program without use for it is given."""
+    for word in words:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in options and name not in flags:
+            raise UsageError(f"--{name}: leave it out here; it is for sft_qwen2.py")
 
 
 def read_flags(words: list[str], options: dict[str, Option]) -> dict:
@@ -177,7 +186,9 @@ def read_flags(words: list[str], options: dict[str, Option]) -> dict:
         parser.add_argument(*names, dest=option.name, **settings)
     known, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UsageError(explain_word(unknown[0], options))
+        # Other words may be values of the unknown options.
+        mistakes = [unknown[0], *(word for word in unknown[1:] if word.startswith("--"))]
+        raise UsageError("; ".join(explain_word(word, options) for word in mistakes))
     values = {}
     for name, given in vars(known).items():
         label = f"--{name} {shorten(show(given))}"

@@ -108,7 +108,9 @@ def parse_record(record, system_prompt: str, train_on: str = "all") -> list[dict
     """
     if not isinstance(record, dict):
         raise RecordError("is not a JSON object")
-    record = drop_empty(record)
+    given = record
+    record = drop_empty(given)
+    refuse_empty(given, record)
     refuse_keys(record, REFUSED_RECORD_KEYS)
     messages = []
     for turn in find_turns(record):
@@ -130,6 +132,18 @@ def drop_empty(values: dict) -> dict:
         if value is not None and value != "" and value != [] and value != {}:
             kept[key] = value
     return kept
+
+
+def refuse_empty(given: dict, record: dict) -> None:
+    """Raise RecordError for a question or an answer that is there, and empty."""
+    for keys in (QUESTION_KEYS, ANSWER_KEYS):
+        if any(key in record for key in (*keys, *MESSAGES_KEYS)):
+            continue
+        if keys == QUESTION_KEYS and "input" in record:  # It is the question then.
+            continue
+        for key in keys:
+            if key in given:
+                raise RecordError(f'has an empty "{key}"')
 
 
 def refuse_keys(values: dict, remedies: dict[str, str]) -> None:
@@ -158,7 +172,11 @@ def find_turns(record: dict) -> list:
     if messages_key is None:
         if question_key is None or answer_key is None:
             keys = ", ".join(record)
-            raise RecordError(f"{WANTED}; has {keys[:80]!r}")
+            reason = f"{WANTED}; has {keys[:80]!r}"
+            small_keys = {key.lower() for key in record if not key.islower()}
+            if small_keys & set(QUESTION_KEYS + ANSWER_KEYS + MESSAGES_KEYS):
+                reason += "; write the keys in small letters"
+            raise RecordError(reason)
         if isinstance(record[question_key], list):
             return join_message_lists(record, question_key, answer_key)
         return join_texts(record, question_key, answer_key)

@@ -60,19 +60,17 @@ def check_model(args, has_gpu_or_plan: bool):
     """
     name = args.model_name_or_path
     if name == DEFAULT_MODEL and not has_gpu_or_plan:
-        raise UserError(f"{name} needs a GPU; without one: python sft_qwen2.py configs/tiny.json")
+        raise UserError(
+            f"{name} needs a GPU; without one, train the stand-in on your rows: "
+            "--model_name_or_path data/tiny-qwen2 --learning_rate 3e-4"
+        )
     folder = Path(name)
     if folder.is_dir():
         check_folder(folder, needs_weights=not args.dry_run)
         sentence = f"{name}: config.json cannot be read; fetch its files again"
     elif HUB_NAME.fullmatch(name):
         say(f"model      looking for {name} in the hub's cache and on the hub")
-        sentence = (
-            f"{name}: there is no such folder, and the hub gave no such model; "
-            f"try hf download {name} --local-dir qwen2 (HF_ENDPOINT names a mirror), "
-            f"or modelscope download --model {name} --local_dir qwen2, "
-            "then --model_name_or_path qwen2"
-        )
+        sentence = describe_missing_model(name)
     else:
         example = f"a model of the hub is named owner/model, as {DEFAULT_MODEL}"
         raise UserError(f"{name}: there is no such folder; {example}")
@@ -80,6 +78,16 @@ def check_model(args, has_gpu_or_plan: bool):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_config(name, config)
     return config
+
+
+def describe_missing_model(name: str) -> str:
+    """Return what can be done where the hub does not give a model."""
+    return (
+        f"{name}: there is no such folder, and the hub gave no such model; "
+        f"try hf download {name} --local-dir qwen2 (HF_ENDPOINT names a mirror), "
+        f"or modelscope download --model {name} --local_dir qwen2, "
+        "then --model_name_or_path qwen2"
+    )
 
 
 def check_folder(folder: Path, needs_weights: bool = True) -> None:
@@ -174,7 +182,10 @@ def digest_model(name_or_path: str) -> str:
 def load_tokenizer(name_or_path: str):
     """Return a model's tokenizer; raises UserError where it is not whole or has no template."""
     remedy = f"fetch its files again: hf download {DEFAULT_MODEL} --include '*.json'"
-    with as_user_error(f"{name_or_path}: has no whole tokenizer; {remedy}"):
+    sentence = f"{name_or_path}: has no whole tokenizer; {remedy}"
+    if not Path(name_or_path).is_dir():
+        sentence = describe_missing_model(name_or_path)
+    with as_user_error(sentence):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=False
         )

@@ -32,6 +32,9 @@ class RunLines(transformers.TrainerCallback):
         self.start_s = time.monotonic()
         self.first_step = 1
         self.skipped_steps = 0
+        self.num_logged_steps = 0
+        self.first_logged_step = 0
+        self.first_logged_s = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start_s = time.monotonic()
@@ -44,8 +47,26 @@ class RunLines(transformers.TrainerCallback):
             newly_skipped = logs.get("skipped_steps", 0) - self.skipped_steps
             self.skipped_steps += newly_skipped
             say(format_step(state.global_step, state.max_steps, logs, newly_skipped))
+            self.say_time_left(state)
         if "eval_loss" in logs:
             say(format_evaluation(state.log_history))
+
+    def say_time_left(self, state) -> None:
+        """Say once, at the second logged step, how long the rest takes if that is over a minute.
+
+        The first step does not count: it may compile.
+        """
+        self.num_logged_steps += 1
+        if self.num_logged_steps == 1:
+            self.first_logged_step = state.global_step
+            self.first_logged_s = time.monotonic()
+        if self.num_logged_steps != 2:
+            return
+        num_steps_left = state.max_steps - state.global_step
+        elapsed_s = time.monotonic() - self.first_logged_s
+        left_s = elapsed_s / (state.global_step - self.first_logged_step) * num_steps_left
+        if left_s > 60:
+            say(f"time       about {format_seconds(left_s)} for {num_steps_left:,} more steps")
 
     def on_save(self, args, state, control, **kwargs) -> None:
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -315,7 +336,7 @@ def start_wandb(training_args, run_id: str | None):
     if run is None:
         return None
     if run.offline:
-        say(f"wandb      records offline; to upload: {sync_command(run)}")
+        say(f"wandb      records offline; to upload:\n           {sync_command(run)}")
     else:
         say(f"wandb      {run.url}")
     return run

@@ -73,8 +73,11 @@ def describe_progress(output_dir: Path) -> str:
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise UserError unless the files of a checkpoint have the sizes that were saved."""
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint}: there is no such checkpoint")
+    if not CHECKPOINT.fullmatch(checkpoint.name) or not checkpoint.is_dir():
+        names = ", ".join(path.name for path in find_checkpoints(checkpoint.parent)) or "none"
+        raise UserError(
+            f"{checkpoint}: there is no such checkpoint; in {checkpoint.parent} there are: {names}"
+        )
     try:
         saved = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -188,6 +191,8 @@ def check_fingerprint(output_dir: Path, old: dict, new: dict) -> None:
     has_model = (output_dir / "config.json").exists()
     if has_model and set(names) <= LENGTH_OF_RUN:
         sentence += suggest_further_training(output_dir, names, old, new)
+    else:
+        sentence += "; put them back, or go on in a new run from its weights (docs/recipes.md)"
     raise UserError(sentence)
 
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import sys
+from typing import TextIO
 
 # Large blocks of memory grow in place, so that gaps between them do not use up the memory. Pinned
 # host memory is not rounded up to powers of two: above this size nothing is cached or rounded.
@@ -24,8 +26,8 @@ def set_environment() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def announce_start() -> None:
+def announce_start(file: TextIO = sys.stdout) -> None:
     """Print a line at once: the imports take seconds. Ctrl-C ends them without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("start      importing PyTorch and transformers", flush=True)
+        print("start      importing PyTorch and transformers", file=file, flush=True)

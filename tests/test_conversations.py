@@ -64,8 +64,9 @@ def test_history_comes_before_the_question_and_is_trained():
 
 
 def test_of_trls_lists_only_the_completion_is_trained():
-    messages = parse_record({"prompt": [S, Q, A, Q], "completion": [A]}, DEFAULT)
-    assert messages == [S, Q, CONTEXT, Q, A]
+    for answer in (A, {**A, "weight": 1}):
+        messages = parse_record({"prompt": [S, Q, answer, Q], "completion": [A]}, DEFAULT)
+        assert messages == [S, Q, CONTEXT, Q, A]
 
 
 def test_several_turns_in_their_order():
@@ -163,8 +164,9 @@ REFUSED = [
     case("nothing", {}, NO_QUESTION),
     case("no question", {"answer": "a"}, NO_QUESTION),
     case("no answer", {"query": "q"}, NO_QUESTION),
-    case("null answer", {"query": "q", "answer": None}, NO_QUESTION),
-    case("empty question", {"query": "", "answer": "a"}, NO_QUESTION),
+    case("null answer", {"query": "q", "answer": None}, 'has an empty "answer"'),
+    case("empty question", {"query": "", "answer": "a"}, 'has an empty "query"'),
+    case("capitals", {"Query": "q", "Answer": "a"}, "write the keys in small letters"),
     case("blank answer", {"query": "q", "answer": " \n\t\u3000"}, "has an empty assistant text"),
     case("number", {"query": "q", "answer": 42}, 'its "answer" is not a string'),
     case("object", {"query": {"a": 1}, "answer": "a"}, 'its "query" is not a string'),

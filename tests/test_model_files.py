@@ -71,7 +71,7 @@ def check_all_probes(tokenizer):
 
 # ---- Models that cannot be trained --------------------------------------------------------------
 def test_the_default_model_needs_a_gpu():
-    with pytest.raises(UserError, match=r"python sft_qwen2.py configs/tiny.json"):
+    with pytest.raises(UserError, match="--model_name_or_path data/tiny-qwen2"):
         check(model_files.DEFAULT_MODEL, has_gpu_or_plan=False)
 
 

@@ -103,6 +103,18 @@ def test_a_step_tells_what_else_fits_into_80_columns():
     assert len(line) <= 80
 
 
+def test_the_time_left_is_said_once_and_leaves_out_the_first_step(monkeypatch, capsys):
+    now = iter([0, 500, 510, 520])  # begin, then the first three steps, the first of which compiles
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    lines = reporting.RunLines()
+    state = transformers.TrainerState(max_steps=62, is_world_process_zero=True)
+    for step in (1, 2, 3):
+        state.global_step = step
+        lines.on_log(None, state, None, STEP_LOGS)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("time")]
+    assert said == ["time       about 10 min 0 s for 60 more steps"]
+
+
 def test_evaluations_are_marked_where_they_are_the_best_so_far():
     evaluations = [(0, 3.0), (10, 2.0), (20, 2.5), (30, 1.5)]
     history = []
@@ -160,6 +172,7 @@ def test_skipped_steps_are_said_when_they_happen(tmp_path, capsys):
     run_lines = reporting.RunLines()
     state = transformers.TrainerState(max_steps=9, is_world_process_zero=True)
     for total in (0, 2, 2):
+        state.global_step += 1
         logs = {"loss": 1.0, "skipped_steps": total}
         run_lines.on_log(None, state, None, logs)
     lines = capsys.readouterr().out.splitlines()
@@ -512,7 +525,7 @@ def test_without_a_key_wandb_records_offline(fake_wandb, tmp_path, monkeypatch, 
     with reporting.wandb_run(wandb_arguments(tmp_path), None):
         pass
     assert [options["mode"] for options in fake_wandb.inits] == ["offline"]
-    assert f"to upload: wandb sync {tmp_path}/wandb/run-1" in capsys.readouterr().out
+    assert f"to upload:\n           wandb sync {tmp_path}/wandb/run-1" in capsys.readouterr().out
 
 
 def test_without_an_answer_wandb_records_offline(fake_wandb, tmp_path, capsys):

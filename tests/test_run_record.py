@@ -239,7 +239,7 @@ def test_more_epochs_of_a_run_that_has_ended(stopped):
 def test_other_content_is_said_without_its_digest(tmp_path):
     open_run(tmp_path, {"model": "0123"})
     add_checkpoint(tmp_path, 4)
-    with pytest.raises(UserError, match=r"model has other content now$"):
+    with pytest.raises(UserError, match=r"model has other content now;"):
         open_run(tmp_path, {"model": "4567"}, resume=True)
 
 
