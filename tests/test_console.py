@@ -98,6 +98,7 @@ def test_what_a_terminal_would_obey_is_escaped():
     assert printable("\x1b[31mred\x07\x9b") == r"\x1b[31mred\x07\x9b"
     assert printable("a\rb") == r"a\rb"
     assert printable("abc\u202ecba") == r"abc\u202ecba"
+    assert printable("\u2067abc\u2069") == r"\u2067abc\u2069"
     assert printable("\ud800") == r"\ud800"
 
 
