@@ -410,6 +410,15 @@ def test_the_host_has_the_least_with_which_the_longest_example_fits(gpus, in_hos
         assert f"host       {host_gib} GiB pinned: {contents}; about" in describe(made)
 
 
+@pytest.mark.parametrize(
+    "gpus, price",
+    [("1x48", "1.6 s a step"), ("2x24", "0.8 s a step"), ("1x24", "1.5 s a micro-batch")],
+)
+def test_what_is_in_host_memory_comes_and_goes(gpus, price):
+    """15.7 GB of state, or 15.2 GB of gradients, there and back."""
+    assert f"; about {price} at 20 GB/s (assumed)" in describe(plan(gpus))
+
+
 def test_a_level_less_would_not_do():
     found = plan("1x24").devices
     assert not can_fit(make_job(in_host_memory=STATE), found, MAX_LEN)
@@ -626,7 +635,7 @@ def test_few_examples_get_values_to_copy():
 
 
 def test_the_values_to_copy_make_enough_steps():
-    for num_examples in (1, 7, 60, 247, 999, 2000, 9_999, 50_000):
+    for num_examples in (1, 7, 24, 60, 247, 999, 2000, 9_999, 50_000):
         flags = suggest_schedule(num_examples, 4)
         made = plan(num_examples=num_examples, **flags)
         assert made.workload.num_steps >= 20, num_examples

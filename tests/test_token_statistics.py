@@ -199,6 +199,13 @@ def test_rows_drawn_for_validation_are_in_no_step(measure_rows):
     assert at(stats, 512)["steps_per_epoch"] == 2
 
 
+def test_validation_rows_are_drawn_from_those_that_are_not_lost(measure_rows):
+    """One of ten; of all fifteen it would be two, and a step fewer."""
+    sizes = [(600, 9)] * 5 + [(60, 9)] * 10
+    stats = measure_rows(*sizes, **STEP_OF_FOUR, validation_split=0.12)
+    assert at(stats, 512)["steps_per_epoch"] == 3
+
+
 @pytest.mark.parametrize("names", [["train.jsonl"], ["train.jsonl", "validation.jsonl"]])
 def test_a_validation_split_that_the_trainer_refuses(write_rows, names):
     """A share of one row is none, and a validation file leaves no share to draw."""
@@ -341,10 +348,10 @@ def test_refused_rows_are_named_and_the_others_counted(write_rows):
 
 
 def test_refused_rows_are_left_out_where_the_trainer_skips_them(write_rows):
-    path = write_rows([GOOD, NO_ANSWER])
+    path = write_rows([GOOD, NO_ANSWER, NO_ANSWER])
     code, _, err = run("--data_path", path, "--skip_bad_rows")
     assert code == 0
-    assert err.splitlines()[-1] == "1 rows are left out"
+    assert err.splitlines()[-1] == "2 rows are left out"
 
 
 def test_refused_rows_are_no_rows_of_0_tokens(make_row, write_rows):
