@@ -145,7 +145,14 @@ def cut(checkpoint):
     (checkpoint / "shards" / "0").write_text("1234")
 
 
-@pytest.mark.parametrize(("damage", "name"), [(drop, "weights"), (cut, "shards/0")])
+def lengthen(checkpoint):
+    with open(checkpoint / "weights", "a") as file:
+        file.write("and more")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), [(drop, "weights"), (cut, "shards/0"), (lengthen, "weights")]
+)
 def test_a_damaged_checkpoint_is_refused(stopped, damage, name):
     """The files were compared: only therefore may it be removed."""
     damage(stopped / "checkpoint-12")
