@@ -666,6 +666,12 @@ def test_a_cut_example_has_no_false_end(select, tiny_tokenizer):
     assert example["labels"][-1] != tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_a_row_of_exactly_max_len_tokens_is_not_dropped(select):
+    (row,) = select([GOOD])
+    (example,) = select([GOOD], max_len=len(row["labels"]), overflow_strategy="drop")
+    assert np.array_equal(example["labels"], row["labels"])
+
+
 def test_a_long_row_stops_the_run_if_that_is_asked(encode, write_rows):
     path = write_rows([GOOD, {"query": "q " * 200, "answer": "one two"}])
     encoded = encode(path)
