@@ -4,7 +4,7 @@ import pytest
 
 from sft.conversations import RecordError, find_ignored_keys, parse_json, parse_record
 
-DEFAULT = "default system prompt"
+DEFAULT = " default system prompt\n"  # kept as it is
 Q = {"role": "user", "content": "q"}
 A = {"role": "assistant", "content": "a"}
 S = {"role": "system", "content": "s"}

@@ -83,15 +83,19 @@ def test_half_precision_products_and_a_scaled_loss_change_no_bit(dtype, window):
     model = small_qwen2.make_model()
     small_qwen2.recompute_layers(model)
     scaler = torch.amp.GradScaler("cpu")
+    expected_losses = []
     for micro_batch in MICRO_BATCHES:
         with torch.autocast("cpu", dtype, cache_enabled=False):
             loss = model(**micro_batch, num_items_in_batch=DIVISOR)["loss"]
+        expected_losses.append(loss.item())
         scaler.scale(loss).backward()
     expected = take_gradients(model)
     pipeline = Pipeline(model, autocast_dtype=dtype, max_layers_per_part=2)
     placed = [pipeline.place(micro_batch) for micro_batch in MICRO_BATCHES]
+    losses = []
     for first in range(0, len(placed), window):
-        pipeline.run(placed[first : first + window], DIVISOR, backward=True, scaler=scaler)
+        losses += pipeline.run(placed[first : first + window], DIVISOR, True, scaler)
+    assert [loss.item() for loss in losses] == expected_losses
     found = take_gradients(model)
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name

@@ -329,6 +329,8 @@ def test_other_versions_are_said_and_kept(stopped, monkeypatch, capsys):
     assert said in capsys.readouterr().out
     assert [versions["torch"] for versions in read(stopped)["versions"]][-1] == "9.9"
     assert len(read(stopped)["versions"]) == len(before) + 1
+    open_run(stopped, resume=True)
+    assert "versions   torch" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_what_was_added(stopped):
