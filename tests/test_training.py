@@ -366,13 +366,37 @@ def limit_memory(monkeypatch):
 def test_out_of_memory_is_a_smaller_step(
     budget_runs, untied_model_dir, data, tmp_path, limit_memory
 ):
-    """The losses are those of before: gradients of the failed try are not counted twice."""
+    """The losses are those of before."""
     limit_memory(512)
     run = train(untied_model_dir, data, tmp_path / "small", tokens_per_forward=2000, **FLAGS)
     assert_same_training(run, budget_runs[1])
     retries = re.findall(r"out of memory at [\d,]+ tokens .* --tokens_per_forward (\d+)", run.out)
     assert [int(tokens) for tokens in retries] == sorted(map(int, retries), reverse=True)
     assert retries
+
+
+def test_gradients_of_a_try_that_failed_are_not_counted(budget_runs, monkeypatch):
+    run = budget_runs[300]
+    trainer = run.trainer
+    monkeypatch.setattr(trainer, "tokens_per_forward", 600)
+    fails = iter([])
+    forward = sft_qwen2.Qwen2ForCausalLM.forward
+
+    def forward_or_fail(self, *args, **kwargs):
+        if next(fails, False):
+            raise torch.OutOfMemoryError("no memory")
+        return forward(self, *args, **kwargs)
+
+    def make_gradients() -> list[torch.Tensor]:
+        trainer.model.zero_grad()
+        trainer.run_until_it_fits(trainer.forward_backward, run.steps[0])
+        return [p.grad.clone() for p in trainer.model.parameters()]
+
+    monkeypatch.setattr(sft_qwen2.Qwen2ForCausalLM, "forward", forward_or_fail)
+    expected = make_gradients()
+    fails = iter([False, True])  # the second micro-batch
+    torch.testing.assert_close(make_gradients(), expected, rtol=1e-4, atol=1e-5)
+    assert next(fails, None) is None
 
 
 def test_out_of_memory_of_one_example_recomputes_layers(
