@@ -493,6 +493,17 @@ def test_one_example_that_does_not_fit_names_the_remedy(
     assert "begin anew with a lower --max_len" in run.err
 
 
+def test_only_skips_in_a_row_are_too_many(budget_runs, monkeypatch):
+    trainer = budget_runs[300].trainer
+    some = [True] * sft_qwen2.MAX_CONSECUTIVE_SKIPS
+    was_skipped = iter([*some, False, *some])
+    each_step = property(lambda accelerator: next(was_skipped))
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", each_step)
+    monkeypatch.setattr(trainer, "num_consecutive_skips", 0)
+    for _ in range(2 * len(some) + 1):
+        trainer.count_skipped_step()
+
+
 def test_a_step_that_fp16_skips_is_none_for_fused_adamw_either(budget_runs):
     """Fused AdamW would skip it by itself, unseen by accelerate, and the schedule would go on."""
     optimizer = budget_runs[1].trainer.optimizer.optimizer
