@@ -28,6 +28,7 @@ from sft.encoding_cache import EncodingCache, digest_code
 from sft.errors import UserError
 from sft.examples import (
     IGNORE_INDEX,
+    Examples,
     get_column,
     mark_trained_tokens,
     print_counts,
@@ -850,6 +851,13 @@ def test_the_digest_changes_where_max_len_cuts(select):
 def test_the_largest_token_id_that_occurs(select, tiny_tokenizer):
     chosen = select([GOOD, {"query": "q", "answer": "word " * 20}])
     assert chosen.largest_token_id() == max(example["input_ids"].max() for example in chosen)
+
+
+def test_a_table_in_several_pieces_has_one_largest_token_id():
+    pieces = [datasets.Dataset.from_dict({"input_ids": [[token_id]]}) for token_id in (1, 7, 2)]
+    encoded = datasets.concatenate_datasets(pieces)
+    chosen = Examples(encoded, [], np.arange(3), np.ones(3), np.ones(3), counts=None)
+    assert chosen.largest_token_id() == 7
 
 
 # ---- What is said -------------------------------------------------------------------------------
