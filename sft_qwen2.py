@@ -9,8 +9,9 @@ A line of data is a conversation: {"query": "...", "answer": "..."}, optionally 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}.
 
 What is trained. The tokens of each answer and the <|im_end|> after it. All other tokens are
-context: their label is -100. Answers with a weight of 0 are context, too; with --train_on last, all
-answers but the last. An example that is cut to max_len has no <|im_end|> at its end.
+context: their label is -100. Answers with a "weight" of 0 (it is 0 or 1) are context, too; with
+--train_on last, all answers but the last. An example that is cut to max_len has no <|im_end|> at
+its end.
 
 How a step is computed. An optimizer step takes a set of examples: per_device_train_batch_size x
 gradient_accumulation_steps x number of processes (the last step of an epoch: what is left). The set
@@ -25,24 +26,30 @@ micro-batches at once (sft/pipeline.py); or in shards, one in each process of to
 a GPU cannot hold of the optimizer and the gradients lies in host memory (sft/host_memory.py).
 
 In which number formats (sft/precision.py).
-    GPUs from 8.0 on     weights and products in bf16; with --fp32, weights in fp32
+    GPUs since Ampere    weights and products in bf16; with --fp32, or an --optim other than 8-bit
+                         AdamW, weights in fp32 and products in bf16 by autocast
     older GPUs (V100)    weights in fp32, products in fp16 by autocast
     CPU                  all in fp32
 
 What happens when ...
-    memory runs out      one process does the step again with less at once: micro-batches in
-                         flight, tokens, kept layers; several processes stop, and name the remedy
+    memory runs out      in a forward or backward pass, one process does the step again with less
+                         at once: micro-batches in flight, tokens, kept layers; several processes
+                         stop, and name the remedy
     a loss or a gradient is not finite
                          the run stops before the weights change, and names the step's examples
                          (in fp16 up to 20 steps in a row with infinite gradients are skipped)
     Ctrl-C, SIGTERM      while it trains, the run saves a checkpoint after the step and stops;
-                         an evaluation is left, and made again by --resume
+                         an evaluation is left, and --resume begins with it
+                         (sft/checkpoints.py)
     the disk is full     the checkpoint is lost, earlier ones are whole, training goes on
-                         (sft/checkpoints.py); the export is tried again where no checkpoint has
-                         the trained weights
+                         (sft/checkpoints.py); an export that fails is tried again for an hour if
+                         no checkpoint has the trained weights
     --resume             the run goes on from its last checkpoint, if all that decides what is
                          learnt is the same (`make_fingerprint`). On the same machine, with the
                          same cut, it goes on bit for bit
+
+Validation examples are evaluated before the first step and after the last one, and in between as
+--eval_strategy says.
 
 Shapes: T tokens of an example or micro-batch, E examples, N trained tokens, H query heads, K
 key/value heads, D head size, C hidden size, V vocabulary.
@@ -709,6 +716,7 @@ class Qwen2ForCausalLM(transformers.Qwen2ForCausalLM):
 
         Only the N hidden states that have a target meet the head. It may be on another GPU.
         """
+        # In shards only layers are gathered by themselves. The head is whole during this forward.
         head = self.lm_head.weight
         hidden = hidden_states.to(head.device)[0, trained_positions.to(head.device)]
         return cross_entropy_sum(hidden, head, targets.to(head.device))
@@ -731,7 +739,8 @@ def cross_entropy_sum(hidden, head, targets) -> torch.Tensor:
         acc_dtype=torch.float32,  # of the softmax; in fp16 of its sum alone
     )
     # A sum in half precision would keep 8 or 11 bits. Single losses are rounded, and then summed
-    # in fp32, where their errors cancel out.
+    # in fp32, where their errors cancel out. The backward pass rounds the divisor, alike for all
+    # tokens of a step.
     reduction = "none"
     if hidden.dtype == torch.float32:
         reduction = "sum"
@@ -745,7 +754,10 @@ MAX_CONSECUTIVE_SKIPS = 20  # fp16: the loss scale begins too high and halves at
 
 
 def make_step(examples: list[dict]) -> dict:
-    """Return what Trainer takes for a batch: all examples of an optimizer step."""
+    """Return what Trainer takes for a batch: all examples of an optimizer step.
+
+    An example is {"input_ids", "labels": NumPy arrays [T], "source": its file and line}.
+    """
     return {"examples": examples}
 
 
@@ -815,6 +827,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             self.args.lr_scheduler_kwargs,
         )
         factors = [without_first_step(factor) for factor in schedule.lr_lambdas]
+        # The schedule before has left the peak in the optimizer, as initial_lr.
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -831,8 +844,9 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         local_loss = self.run_until_it_fits(self.forward_backward, self.current_examples)
         # Each process has multiplied its part by the number of processes.
         step_loss = self.accelerator.reduce(local_loss, "mean").item()
-        # Learning does not reach a loss of exactly 0: labels or logits are wrong.
-        if not math.isfinite(step_loss) or step_loss == 0:
+        # No model begins with a loss of exactly 0: labels or logits would be wrong.
+        is_wrong = step_loss == 0 and self.state.global_step == 0
+        if not math.isfinite(step_loss) or is_wrong:
             raise self.broken_step(self.state.global_step + 1, f"the loss is {step_loss}")
         self.count_work(self.current_examples)
         return local_loss
@@ -851,7 +865,7 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         process multiplies by their number.
         """
         divisor = num_trained_tokens / self.args.world_size
-        self.begin_gradients()
+        self.begin_gradients()  # drops those of a failed try in host memory
         local_loss = torch.zeros((), device=self.args.device)
         if self.pipeline is not None:
             for loss in self.run_windows(micro_batches, divisor, backward=True):
@@ -859,8 +873,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
             return local_loss
         for number, micro_batch in enumerate(micro_batches, 1):
             self.choose_checkpointing(sum(micro_batch["seq_lens"]))
-            # DDP exchanges gradients once a step. FSDP does after each micro-batch: until then each
-            # process has whole gradients.
+            # DDP exchanges gradients once a step. FSDP exchanges them after each micro-batch: if it
+            # waited, each process would hold whole gradients.
             context = nullcontext()
             if number < len(micro_batches) and not self.is_fsdp_enabled:
                 context = self.accelerator.no_sync(self.model_wrapped)
@@ -874,8 +888,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
     def run_windows(self, micro_batches: list[dict], divisor: float, backward: bool) -> list:
         """Return the losses of micro-batches that several GPUs work on at once.
 
-        Inputs of a window are on the GPUs before its first turn, and those of the next one are not:
-        rotations of all positions of a step could take half a GiB.
+        Inputs of one window are on the GPUs at a time: the rotary tables (cos, sin) of a whole step
+        could take half a GiB.
         """
         losses = []
         for window in cut_windows(micro_batches, self.window_tokens):
@@ -922,8 +936,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         """Put fewer micro-batches in flight, or halve tokens_per_forward, or recompute all layers.
 
         num_tokens: of the largest micro-batch. longest: tokens of the longest example. The change
-        holds for the rest of the run. Raises UserError where it cannot help, and in each of several
-        processes, because the others would not do the same.
+        holds until this process ends. Raises UserError where it cannot help, and always where there
+        are other processes, which would not do the same.
         """
         what = f"out of memory at {num_tokens:,} tokens per micro-batch"
         # tokens_per_forward cannot cut an example.
@@ -939,6 +953,8 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         elif self.can_recompute_more():
             self.max_tokens_without_checkpointing = 0
             remedy = "all layers recomputed"
+        elif not self.args.gradient_checkpointing:
+            raise UserError(f"{what}; use --resume --gradient_checkpointing true")
         else:
             raise UserError(
                 f"{what}, and the longest example has {longest:,}; "
@@ -1015,12 +1031,12 @@ class SFTTrainer(CheckpointTrainer, HostMemoryTrainer):
         return metrics
 
     def leave_evaluation(self) -> dict:
-        """End the run without this evaluation. A resumed run begins with it."""
-        if self.state.global_step == 0:
-            raise KeyboardInterrupt  # There is nothing to save.
+        """End the run without this evaluation. CheckpointTrainer makes it when it resumes."""
+        if self.state.global_step == 0:  # There is nothing to save.
+            raise KeyboardInterrupt(self.stop.signal_number)
         self.control.should_save = True
         self.control.should_training_stop = True
-        return {}
+        return {}  # _determine_best_metric passes over it.
 
     def is_evaluated(self) -> bool:
         """Return whether the last eval_loss in the log is that of the weights as they are."""
@@ -1104,7 +1120,8 @@ def make_fingerprint(args: SFTArguments, training_args, plan: Plan, examples: di
     for name in OPTIONS_OF_A_RUN:
         fingerprint[name] = getattr(args, name)
     fingerprint["data_seed"] = seed_of_order(args)
-    fingerprint["eval_steps"] = training_args.eval_steps  # by default logging_steps
+    # With --eval_strategy steps it is by default logging_steps.
+    fingerprint["eval_steps"] = training_args.eval_steps
     return fingerprint
 
 
@@ -1237,7 +1254,7 @@ def train_and_export(trainer: SFTTrainer, tokenizer, checkpoint: str | None, exp
     if is_stopped:
         progress = describe_progress(trainer.output_dir)
         say(f"stopped    after step {trainer.state.global_step}; {progress}")
-        return 128 + trainer.stop.signal_number
+        return 128 + trainer.stop.signal_number  # is_requested has told it to all processes.
 
     trainer.export(export_dtype)  # before all else that could fail
     if trainer.eval_dataset is not None and not trainer.is_evaluated():
@@ -1257,7 +1274,8 @@ def run(args: SFTArguments) -> int:
     if args.gpus is None:  # Otherwise the plan is for another machine.
         check_machine(training_args)
     check_output_dir(args)
-    config = check_model(args, args.dry_run or training_args.device.type == "cuda")
+    has_gpu = training_args.device.type == "cuda"
+    config = check_model(args, has_gpu_or_plan=has_gpu or args.dry_run)
     tokenizer = prepare_tokenizer(args)
 
     examples = load_examples(args, tokenizer)
@@ -1286,11 +1304,12 @@ def run(args: SFTArguments) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script. Return 0, or 1 after a UserError, or 128 plus the number of a signal.
+    """Run the script. Return 0, 1 after an error of the user, the disk or the network, or 128 plus
+    the number of a signal.
 
     A wrong argument ends the process with exit code 2.
     """
-    # During the imports Ctrl-C ended the process. From here on it is a KeyboardInterrupt.
+    # announce_start let Ctrl-C end the imports. From here on it is a KeyboardInterrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     outlive_console()
     quiet_libraries()
@@ -1311,9 +1330,12 @@ def main(argv: list[str] | None = None) -> int:
             where = f" in process {rank}"
         print(f"error{where}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"stopped    {describe_progress(Path(args.output_dir))}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        signal_number = signal.SIGINT
+        if interrupt.args:
+            signal_number = interrupt.args[0]
+        return 128 + signal_number
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return exit_code

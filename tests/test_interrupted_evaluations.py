@@ -117,11 +117,13 @@ def test_a_signal_in_an_evaluation_saves_a_step_that_was_not_to_be_saved(places,
     assert STEPS_PER_EPOCH in dict(evaluations(resumed))
 
 
-def test_the_last_evaluation_is_that_of_the_exported_weights(reference):
-    """They are the best ones: with them comes an evaluation more."""
+def test_the_last_evaluation_is_that_of_the_exported_weights(places, reference, tmp_path):
+    """Where the best step is not the last one, its weights are evaluated once more."""
     steps = [step for step, _ in evaluations(reference)]
-    assert steps == [0, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, LAST_STEP, LAST_STEP]
-    assert evaluations(reference)[-1][1] == reference.trainer.state.best_metric
+    assert steps == [0, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH, LAST_STEP]
+    unchanged = train(places, tmp_path, learning_rate=0)
+    assert unchanged.trainer.state.best_global_step == STEPS_PER_EPOCH
+    assert [step for step, _ in evaluations(unchanged)] == [*steps, LAST_STEP]
 
 
 def test_a_kill_in_an_evaluation_loses_no_step(places, reference, tmp_path):
@@ -161,7 +163,7 @@ def test_an_evaluation_that_is_made_again_can_end_the_run(places, tmp_path):
 
 def test_a_signal_in_the_first_evaluation_stops_at_once(places, reference, tmp_path):
     stopped = train(places, tmp_path, at_evaluation=(0, terminate))
-    assert stopped.code == 128 + signal.SIGINT
+    assert stopped.code == 128 + signal.SIGTERM
     assert "nothing is saved" in stopped.err
     assert stopped.steps == []
     assert_same_end(train(places, tmp_path, resume=True), reference)

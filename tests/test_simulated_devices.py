@@ -565,7 +565,9 @@ def model(request, tmp_path_factory) -> Path:
     return runs.make_model(folder, tied=request.param, num_hidden_layers=4, hidden_size=128)
 
 
-def run_script(precision: str, folders: dict, stops: bool = False, window=None, **flags) -> dict:
+def run_script(
+    precision: str, folders: dict, stops: bool = False, window=None, in_host_memory=(), **flags
+) -> dict:
     """Return what there is to know of a run of two steps over four devices.
 
     `stops`: it gets a signal after the first one. `window`: tokens in flight, instead of the
@@ -588,7 +590,11 @@ def run_script(precision: str, folders: dict, stops: bool = False, window=None, 
         save_steps=1,
     )
     run = script.run_script(
-        *words, precision=precision, max_window_tokens=window, callbacks=callbacks
+        *words,
+        precision=precision,
+        max_window_tokens=window,
+        in_host_memory=in_host_memory,
+        callbacks=callbacks,
     )
     return {
         "code": run.code,
@@ -649,5 +655,23 @@ def test_a_run_is_resumed_with_another_window(call, complete_run, precision, mod
     assert resumed["code"] == 0, resumed["errors"]
     found = load_file(tmp_path / "resumed" / "model.safetensors")
     assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        assert torch.equal(found[name], weights), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16"], indirect=True)
+@pytest.mark.parametrize("model", [False], ids=["untied"], indirect=True)
+@pytest.mark.parametrize("contents", [("state",), ("state", "gradients")], ids="+".join)
+def test_a_run_with_host_memory_trains_the_same_weights(
+    call, complete_run, precision, model, data, tmp_path, contents
+):
+    """No operator meets two devices where the optimizer's state and gradients lie on the host."""
+    folders = {"model_name_or_path": model, "data_path": data, "output_dir": tmp_path / "host"}
+    run = call(run_script, precision, folders, in_host_memory=contents)
+    assert run["code"] == 0, run["errors"]
+    assert len(run["state_elsewhere"]) > 0
+    expected = load_file(complete_run["output_dir"] / "model.safetensors")
+    found = load_file(tmp_path / "host" / "model.safetensors")
     for name, weights in expected.items():
         assert torch.equal(found[name], weights), name

@@ -25,12 +25,16 @@ class StopAfterOneStep(transformers.TrainerCallback):
 
 
 def run_script(
-    *words, precision: str, max_window_tokens: int | None = None, callbacks=()
+    *words,
+    precision: str,
+    max_window_tokens: int | None = None,
+    in_host_memory: tuple[str, ...] = (),
+    callbacks=(),
 ) -> runs.Run:
     """Return a run of main() in this process, over all simulated devices.
 
     `precision`: of matrix products, "bf16" or "fp16". `max_window_tokens`: in flight, instead of
-    what the plan says.
+    what the plan says. `in_host_memory`: "state", "gradients" or both, as in Plan.in_host_memory.
     """
     first_device = torch.device("simulated:0")
 
@@ -68,6 +72,7 @@ def run_script(
     with (
         mock.patch.object(transformers.TrainingArguments, "device", property(device_of_trainer)),
         mock.patch.object(sft.plan, "find_devices", find_devices),
+        mock.patch.object(sft.plan.Plan, "in_host_memory", in_host_memory),
         mock.patch.object(sft_qwen2, "Throughput", lambda num_gpus: Throughput(0)),
     ):
         return runs.watch(*words, callbacks=callbacks, trainer_class=SimulatedTrainer)
