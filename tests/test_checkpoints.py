@@ -242,19 +242,6 @@ def kill_in_save(train, output_dir, number) -> Count:
     return count
 
 
-def check_kills(train, reference, folder, numbers):
-    for number in numbers:
-        output_dir = folder / str(number)
-        kill_in_save(train, output_dir, number)
-        for checkpoint in run_record.find_checkpoints(output_dir):
-            run_record.check_checkpoint(checkpoint)
-        assert saved_steps(output_dir)[-1] in (2, 3)
-        whole_files.remove_aside(output_dir)  # as open_run does
-        resumed = train(output_dir, resume_from=saved_steps(output_dir)[-1], save_total_limit=2)
-        assert_same_end(resumed, reference)
-        assert saved_steps(output_dir) == [STEPS - 1, STEPS]
-
-
 @pytest.mark.slow
 def test_a_run_killed_in_a_save_resumes_to_the_bit(train, reference, tmp_path):
     """Before every third call that changes a file; the save also removes a checkpoint."""
@@ -547,9 +534,9 @@ def test_a_checkpoint_of_another_model_is_refused(train, tmp_path):
 
 
 # ---- The trained model --------------------------------------------------------------------------
-def test_the_trained_model_is_an_ordinary_folder(reference, tmp_path):
+def test_the_trained_model_is_an_ordinary_folder(reference, tmp_path, monkeypatch):
     trainer = reference
-    trainer.output_dir = tmp_path
+    monkeypatch.setattr(trainer, "output_dir", tmp_path)
     trainer.export(torch.bfloat16)
     exported = load_file(tmp_path / "model.safetensors")
     for name, weight in exported.items():

@@ -131,12 +131,13 @@ def test_a_copy_makes_its_source_wait_for_its_target(call):
 
 
 def test_a_copy_makes_its_target_wait_for_its_source(call):
-    assert call(measure_kernels, ["0", "0", "0", "0>1", "1"])["elapsed_s"] == 3 + 1 + 1
+    measured = call(measure_kernels, ["0", "0", "0", "0>1", "1"])
+    assert measured["elapsed_s"] == pytest.approx(3 + 1 + 1)
 
 
 def test_the_host_waits_where_a_queue_is_full(call):
     measured = call(measure_kernels, ["0", "0", "0", "0"], queue_length=2)
-    assert measured["host_s"] == 2
+    assert measured["host_s"] == pytest.approx(2)
 
 
 def list_host_waits(name: str) -> list[str]:
