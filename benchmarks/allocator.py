@@ -13,7 +13,8 @@ class ExpandableAllocator:
 
     A block goes where it fits best among free ranges with memory, else into the first free range,
     which gets pages as needed. When there are none left, free ranges give up their whole pages.
-    Blocks of up to 1 MiB have a segment of their own, here without gaps.
+    Blocks of up to 1 MiB have a segment of their own, here without gaps, for which other free
+    ranges give up their pages, too.
     """
 
     PAGE = 20 * MIB
@@ -45,6 +46,8 @@ class ExpandableAllocator:
         if size <= MIB:
             self.small += size
             self.blocks[key] = (None, size)
+            if self.reserved() > self.capacity:
+                self.give_up_free_pages()
         else:
             self.blocks[key] = (self.find(size), size)
         self.most_reserved = max(self.most_reserved, self.reserved())
