@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -51,6 +52,12 @@ def budget_runs(untied_model_dir, data, tmp_path_factory) -> dict:
         output_dir = tmp_path_factory.mktemp("outputs") / str(budget)
         runs[budget] = train(untied_model_dir, data, output_dir, tokens_per_forward=budget, **FLAGS)
     return runs
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """Runs that end before they have a trainer reset a state that earlier trainers still read."""
+    accelerate.Accelerator(cpu=True)
 
 
 def assert_same_training(run, other) -> None:
