@@ -47,7 +47,7 @@ from sft.run_record import (
     is_whole,
     read_record,
 )
-from sft.whole_files import ASIDE, measure_files, remove_aside, replace_text, sync_files
+from sft.whole_files import ASIDE, measure_files, remove_aside, replace_text, sync_file, sync_files
 
 WEIGHT_SHARDS = "pytorch_model_fsdp_0"  # accelerate's names of folders in a checkpoint
 OPTIMIZER_SHARDS = "optimizer_0"
@@ -234,8 +234,10 @@ class CheckpointTrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / f"{STATE}.new"))
-        os.replace(folder / f"{STATE}.new", folder / STATE)
+        aside = folder / f"{STATE}.new"
+        self.state.save_to_json(str(aside))
+        sync_file(aside)
+        os.replace(aside, folder / STATE)
 
     def renew_state(self) -> None:
         """Write the state of a step that is saved already, and was evaluated since then."""
@@ -263,10 +265,12 @@ class CheckpointTrainer(Trainer):
             kept.add(Path(self.state.best_model_checkpoint))
         num_surplus = max(len(checkpoints) - limit, 0)
         removable = [path for path in checkpoints if path not in kept]
+        aside = self.output_dir / ASIDE
         for old in removable[:num_surplus]:
             try:
                 # Half deleted it would look damaged, so it is deleted aside.
-                os.replace(old, self.output_dir / ASIDE / old.name)
+                aside.mkdir(exist_ok=True)
+                os.replace(old, aside / old.name)
             except OSError as error:
                 say(f"{old} could not be removed: {describe(error)}", sys.stderr)
 
@@ -299,7 +303,7 @@ class CheckpointTrainer(Trainer):
         if self.evaluation_is_due:
             self.control.should_save = True
             self.control.should_training_stop = False  # the signal was for the run before
-            metrics = self._evaluate(None, None)
+            metrics = super()._evaluate(None, None)  # what would be saved before is there
             self._determine_best_metric(metrics)
             self.renew_state()
             self.has_ended = self.control.should_training_stop

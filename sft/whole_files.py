@@ -31,11 +31,16 @@ def measure_files(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with open(path, "r+b") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
 def sync_files(folder: Path) -> None:
     """Wait until the content of all files of a folder is on the disk."""
     for name in measure_files(folder):
-        with open(folder / name, "r+b") as file:  # Windows syncs only what may be written
-            os.fsync(file.fileno())
+        sync_file(folder / name)
 
 
 def remove_aside(output_dir: Path) -> None:

@@ -341,6 +341,36 @@ def test_only_the_last_checkpoints_are_kept(train, tmp_path):
     assert (tmp_path / "checkpoint-1-mine").exists()
 
 
+def test_a_checkpoint_goes_when_the_next_one_is_found_to_be_the_best(train, tmp_path, capsys):
+    """The step is saved before it is evaluated, and only then is the best one before surplus."""
+    falling = {step: 9.0 - step for step in range(1, STEPS + 1)}
+    train(tmp_path, eval_losses=falling, save_total_limit=1)
+    assert saved_steps(tmp_path) == [STEPS]
+    assert "could not be removed" not in capsys.readouterr().err
+
+
+def test_a_renewed_state_is_on_the_disk_before_it_replaces_the_old_one(
+    train, tmp_path, monkeypatch
+):
+    synced = set()
+    fsync, replace = os.fsync, os.replace
+    unsynced = []
+
+    def watch_fsync(descriptor):
+        synced.add(os.stat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watch_replace(source, target):
+        if Path(target).name == "trainer_state.json" and os.stat(source).st_ino not in synced:
+            unsynced.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    train(tmp_path, eval_losses=LOSSES, max_steps=1)
+    assert unsynced == []
+
+
 @pytest.mark.parametrize(("limit", "steps"), [(1, [2, 6]), (2, [2, 6]), (3, [2, 5, 6])])
 def test_the_best_checkpoint_is_kept_and_loaded(train, reference, tmp_path, limit, steps):
     trainer = train(tmp_path, eval_losses=LOSSES, save_total_limit=limit)
